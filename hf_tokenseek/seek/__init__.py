@@ -1,0 +1,4 @@
+from .config import SeekConfig
+
+
+__all__ = ["SeekConfig"]

@@ -1,0 +1,132 @@
+"""
+The attention seam: one function registered with transformers, its state passed as the keyword `seek=`.
+
+`model(..., seek=state)` travels through every decoder layer (also through gradient checkpointing's recompute) down to
+the attention function. Without the keyword the function is the implementation the model had before.
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from tokenseek_kernels import attention_mass, causal_attention, selected_attention
+
+
+class ScoutState:
+    """
+    State of the scouting pass: keeps every attention module's keys and values, adds up attention mass.
+
+    Args:
+        segments (`torch.LongTensor` of shape `(batch, n)`, *optional*): document numbers where they matter.
+        mass_rows (`torch.LongTensor` of shape `(batch, m)`, *optional*): the queries whose attention counts, -1 for
+            empty slots; `None` collects nothing.
+        last_of (`int`, *optional*): count only the attention of this many-th (the last) attention call.
+    """
+
+    def __init__(self, segments: Tensor | None, mass_rows: Tensor | None = None, last_of: int | None = None):
+        self.segments, self.mass_rows, self.last_of = segments, mass_rows, last_of
+        self.kept: dict[torch.nn.Module, tuple[Tensor, Tensor]] = {}
+        self.mass: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values kept."""
+        return sum(tensor.nbytes for pair in self.kept.values() for tensor in pair)
+
+    def attend(self, module, query, key, value, **rule) -> Tensor:
+        """Plain attention of all rows; `(batch, n, heads, value_dim)`."""
+        if module in self.kept:
+            raise ValueError(
+                f"{type(module).__name__} ran twice in one forward pass: a layer that is shared between depths cannot "
+                "keep its keys and values. TokenSeek does not support this model."
+            )
+        self.kept[module] = kept = _compact(key.detach()), _compact(value.detach())
+        if self.mass_rows is not None and self.last_of in (None, len(self.kept)):
+            own = {**rule, "sinks": None if rule["sinks"] is None else rule["sinks"].detach()}
+            index = self.mass_rows.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+            mass = attention_mass(query.detach().gather(2, index), kept[0], self.mass_rows, self.segments, **own)
+            self.mass = mass if self.mass is None else self.mass.add_(mass)
+        if query.requires_grad:
+            # the paper's partial backward runs through the last block
+            rows = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
+            copies = kept[0].clone(), kept[1].clone()
+            return selected_attention(query, key, value, *copies, rows, self.segments, **rule)
+        return causal_attention(query, key, value, self.segments, **rule)
+
+
+class DitchState:
+    """
+    State of the pass with gradients: only selected rows, attending to everything that was scouted.
+
+    Args:
+        kept (`dict`): keys and values by attention module, from [`ScoutState`].
+        rows (`torch.LongTensor` of shape `(batch, k)`): selected positions, ascending, -1 behind them.
+        segments (`torch.LongTensor` of shape `(batch, n)`, *optional*): document numbers where they matter.
+    """
+
+    def __init__(self, kept: dict[torch.nn.Module, tuple[Tensor, Tensor]], rows: Tensor, segments: Tensor | None):
+        self.kept, self.rows, self.segments = kept, rows, segments
+
+    def attend(self, module, query, key, value, **rule) -> Tensor:
+        """Attention of the selected rows; `(batch, k, heads, value_dim)`."""
+        return selected_attention(query, key, value, *self.kept[module], self.rows, self.segments, **rule)
+
+
+def _compact(states: Tensor) -> Tensor:
+    """The tensor in a storage of its own size: a slice of a fused projection would keep the whole of it alive."""
+    own_size = states.untyped_storage().nbytes() == states.numel() * states.element_size()
+    return states if own_size else states.clone(memory_format=torch.contiguous_format)
+
+
+def _attention(original: str):
+    def tokenseek_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, seek=None, **kwargs):
+        if seek is None:
+            plain = _original_attention(module, original)
+            return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        if kwargs.get("position_bias") is not None:
+            raise ValueError(f"{type(module).__name__} adds a position bias to attention, which TokenSeek cannot select.")
+        query, key, value = _autocast(query, key, value)
+        rule = {
+            "scale": scaling,
+            "softcap": kwargs.get("softcap"),
+            "window": kwargs.get("sliding_window"),
+            "sinks": kwargs.get("s_aux"),
+        }
+        return seek.attend(module, query, key, value, **rule), None
+
+    return tokenseek_attention
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What fused attention does under autocast: everything in the autocast dtype (RoPE may have left float32)."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
+    return tensors
+
+
+def _original_attention(module, original: str):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
+
+
+def register_attention(original: str) -> str:
+    """
+    Registers TokenSeek's attention on top of the implementation `original` (its attention and its mask).
+
+    Returns:
+        `str`: the name to give to `model.set_attn_implementation`.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    # a slash would be read as a repository of kernels
+    name = f"tokenseek_{original.replace('/', '--')}"
+    AttentionInterface.register(name, _attention(original))
+    if original in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    return name

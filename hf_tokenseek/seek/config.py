@@ -1,0 +1,126 @@
+"""What a user can choose about TokenSeek."""
+
+import json
+from dataclasses import dataclass, field
+
+
+SCORES = ("evidence", "context", "gradient", "loss", "entropy", "recent", "random", "hybrid", "paper")
+CONTEXT_BIASES = ("none", "count", "harmonic")
+GRADIENT_NORMS = ("l2", "l1", "signed")
+MIXES = ("rank", "zscore")
+
+
+@dataclass
+class SeekConfig:
+    """
+    Configuration of TokenSeek: which tokens take part in the backward pass.
+
+    By default the selection has two stages, each sequence on its own: every labelled position (*loss rows*), then the
+    share `context` of the other positions that the loss rows attend to most (*evidence rows*). `ratio` replaces both
+    stages by the paper's single budget. `context=1.0` (with `labelled=1.0`) and `ratio=1.0` equal plain training.
+    Method: [TokenSeek](https://huggingface.co/papers/2601.19739); the two stages and the reuse of the scouting pass are
+    this library's.
+
+    Args:
+        context (`float`, *optional*, defaults to 0.1):
+            Share of the real positions that are not loss rows to keep as evidence, in [0, 1].
+        labelled (`float`, *optional*, defaults to 1.0):
+            Share of the labelled positions to keep as loss rows, in (0, 1]. Below 1 the loss of a sequence is the mean
+            over its kept rows, weighted as if all were there.
+        ratio (`float`, *optional*):
+            One budget over all real positions, in (0, 1]; `context` and `labelled` are then not used.
+        score (`str`, *optional*, defaults to `"evidence"`):
+            What decides: `"evidence"` (attention mass received from the labelled queries, all layers and heads),
+            `"context"` (the same from all queries), `"gradient"` (gradient norm at the head), `"loss"`, `"entropy"`,
+            `"recent"`, `"random"`, `"hybrid"` (`alpha` context + `beta` gradient, normalised by `mix`) or `"paper"`
+            (`alpha * log(attention received in the last block) + beta * min-max gradient at the last block's input`).
+        alpha, beta (`float`, *optional*, defaults to 1.0):
+            Weights of the context and gradient terms of `"hybrid"` and `"paper"`.
+        mix (`str`, *optional*, defaults to `"rank"`):
+            How `"hybrid"` makes its terms comparable: `"rank"` or `"zscore"`.
+        gradient_norm (`str`, *optional*, defaults to `"l2"`):
+            How `"paper"` reduces the gradient over the hidden size: `"l2"`, `"l1"` or `"signed"` (the literal sum).
+        context_bias (`str`, *optional*, defaults to `"none"`):
+            Correction of the head start that causality gives early tokens in `"context"`, `"hybrid"` and `"paper"`:
+            divide by the number of queries that can see the token (`"count"`) or by the mass it would get from uniform
+            attention (`"harmonic"`).
+        temperature (`float`, *optional*, defaults to 0.0):
+            Above 0 the top-k is stochastic (Gumbel) and the losses carry inverse-probability weights; 1.0 samples in
+            proportion to the score.
+        plain_fallback (`bool`, *optional*, defaults to `True`):
+            Train a micro-batch plainly where so many rows are selected that scouting cannot pay.
+        probe_steps (`int`, *optional*, defaults to 0):
+            Every so many optimizer steps, measure the cosine of the selected gradient with the full gradient of the
+            same micro-batch (costs one plain step and two copies of the gradients). 0 turns it off.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of `"random"` and of the stochastic top-k.
+
+    Raises:
+        ValueError: a value lies outside its allowed set.
+    """
+
+    context: float = field(default=0.1, metadata={"help": "Share of unlabelled positions kept as evidence."})
+    labelled: float = field(default=1.0, metadata={"help": "Share of labelled positions kept as loss rows."})
+    ratio: float | None = field(default=None, metadata={"help": "The paper's single budget over all positions."})
+    score: str = field(default="evidence", metadata={"help": f"What decides: one of {', '.join(SCORES)}."})
+    alpha: float = field(default=1.0, metadata={"help": "Weight of the context term of 'hybrid' and 'paper'."})
+    beta: float = field(default=1.0, metadata={"help": "Weight of the gradient term of 'hybrid' and 'paper'."})
+    mix: str = field(default="rank", metadata={"help": "How 'hybrid' normalises its terms: rank or zscore."})
+    gradient_norm: str = field(default="l2", metadata={"help": "How 'paper' reduces gradients: l2, l1 or signed."})
+    context_bias: str = field(default="none", metadata={"help": "Causal-bias correction: none, count or harmonic."})
+    temperature: float = field(default=0.0, metadata={"help": "Above 0: stochastic top-k with weighted losses."})
+    plain_fallback: bool = field(default=True, metadata={"help": "Train plainly where scouting cannot pay."})
+    probe_steps: int = field(default=0, metadata={"help": "Measure gradient fidelity every so many steps; 0 is off."})
+    seed: int = field(default=0, metadata={"help": "Seed of random scores and of the stochastic top-k."})
+
+    def __post_init__(self):
+        for name in ("context", "labelled", "ratio"):
+            value, lowest = getattr(self, name), 0.0 if name == "context" else 1e-9
+            if value is not None and not lowest <= value <= 1.0:
+                bound = "[0, 1]" if name == "context" else "(0, 1]"
+                raise ValueError(f"`{name}` should be a share in {bound}, got {value}. Use 1.0 for plain training.")
+        for name, allowed in (
+            ("score", SCORES),
+            ("mix", MIXES),
+            ("gradient_norm", GRADIENT_NORMS),
+            ("context_bias", CONTEXT_BIASES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` should be one of {list(allowed)}, got {getattr(self, name)!r}.")
+        for name in ("temperature", "probe_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` should be 0 (off) or positive, got {getattr(self, name)}.")
+
+    @classmethod
+    def parse(cls, value: "SeekConfig | dict | str | bool | None") -> "SeekConfig | None":
+        """
+        Reads the config from what YAML, a command line or code may hold.
+
+        Args:
+            value (`SeekConfig`, `dict`, `str`, `bool`, *optional*):
+                A config, its fields, JSON of its fields, `True` for the defaults; `False`, `None` or the words
+                `"false"`, `"none"`, `"null"`, `"off"` turn TokenSeek off.
+
+        Raises:
+            ValueError: the value is of another kind, or names an unknown field.
+        """
+        if isinstance(value, str):
+            words = {"true": True, "on": True, "false": None, "none": None, "null": None, "off": None}
+            lowered = value.strip().lower()
+            try:
+                value = words[lowered] if lowered in words else json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"`seek` should be JSON such as '{{\"context\": 0.2}}', true or false, got {value!r} ({error})."
+                ) from error
+        if value is None or value is False or isinstance(value, cls):
+            return value or None
+        if value is True:
+            return cls()
+        if isinstance(value, dict):
+            known = list(cls.__dataclass_fields__)
+            unknown = sorted(set(value) - set(known))
+            if unknown:
+                raise ValueError(f"`seek` has unknown fields {unknown}. Allowed: {known}.")
+            return cls(**value)
+        raise ValueError(f"`seek` should be a SeekConfig, dict, JSON string, bool or None, got {type(value).__name__}.")

@@ -1,0 +1,118 @@
+"""What TokenSeek did, as numbers: collected on the device, read when logged."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .batch import IGNORE, Batch, Sizes
+from .cost import Cost
+from .select import Selection
+
+
+@dataclass
+class Trained:
+    """
+    One micro-batch after its forward pass.
+
+    Args:
+        loss (`torch.Tensor`): the summed (weighted) loss, connected to every parameter.
+        selection ([`Selection`]): the rows that were trained.
+        mass (`torch.FloatTensor` of shape `(batch, n)`, *optional*): attention mass, if the score collected it.
+        kept_bytes (`int`): bytes of scouted keys and values that the backward pass reads.
+        plainly (`bool`): whether it was trained without selection.
+    """
+
+    loss: Tensor
+    selection: Selection
+    mass: Tensor | None = None
+    kept_bytes: int = 0
+    plainly: bool = False
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The host numbers of one micro-batch; fields as in [`Trained`], `n` is its padded length."""
+
+    sizes: Sizes
+    n: int
+    kept_bytes: int
+    plainly: bool
+    cost: Cost
+
+
+class SeekMetrics:
+    """
+    Collects the selection statistics of micro-batches until [`read`] is called.
+
+    Keys: `seek/selected_share` (selected rows / computed rows without TokenSeek), `seek/labelled_share` (labelled / real
+    positions), `seek/evidence_mass` (share of the attention mass from labelled queries to unlabelled positions that the
+    kept ones hold), `seek/mean_position` (mean relative position of the kept unlabelled rows), `seek/plain_share` (share
+    of micro-batches trained plainly), `seek/gradient_cosine` and `seek/gradient_norm_ratio` (where probed).
+    """
+
+    def __init__(self):
+        self.total, self.plain_total = 0, 0
+        self.last: Summary | None = None
+        self._values: dict[str, list[float | Tensor]] = {}
+
+    def observe(self, batch: Batch, done: Trained, cost: Cost) -> None:
+        """Adds one micro-batch; waits for no device."""
+        sizes, n = batch.sizes, batch.shape[1]
+        self.total, self.plain_total = self.total + 1, self.plain_total + done.plainly
+        self.last = Summary(sizes, n, done.kept_bytes, done.plainly, cost)
+        self._add("seek/selected_share", 1.0 if done.plainly else sizes.rows / n)
+        self._add("seek/labelled_share", sum(sizes.labelled) / max(1, sum(sizes.real)))
+        self._add("seek/plain_share", float(done.plainly))
+        if done.plainly:
+            return
+        rows = done.selection.rows
+        kept = torch.zeros(batch.shape, device=rows.device)
+        kept.scatter_reduce_(1, rows.clamp(min=0), (rows >= 0).float(), "amax")
+        unlabelled = ((batch.targets == IGNORE) & (batch.segments >= 0)).float()
+        evidence = kept * unlabelled
+        places = torch.arange(n, device=rows.device) / max(1, n - 1)
+        self._add("seek/mean_position", (evidence * places).sum() / evidence.sum().clamp(min=1))
+        if done.mass is not None:
+            total = (done.mass * unlabelled).sum().clamp(min=1e-12)
+            self._add("seek/evidence_mass", (done.mass * evidence).sum() / total)
+
+    def probe(self, found: dict[str, float]) -> None:
+        """Adds a comparison with the full gradient."""
+        for name, value in found.items():
+            self._add(f"seek/{name}", value)
+
+    def read(self) -> dict[str, float]:
+        """Means since the last call; waits for the device."""
+        values, self._values = self._values, {}
+        return {name: sum(float(v) for v in found) / len(found) for name, found in values.items()}
+
+    def describe(self) -> list[str]:
+        """Lines on the last micro-batch: shares, predicted cost and memory."""
+        if self.last is None:
+            return []
+        sizes, n, cost = self.last.sizes, self.last.n, self.last.cost
+        share = sizes.rows / n
+        lines = [
+            f"  labels      {sum(sizes.labelled) / max(1, sum(sizes.real)):.1%} of {sum(sizes.real)} real tokens",
+            f"  rows        k/n = {sizes.rows}/{n} = {share:.1%}",
+            f"  cost        {cost.seek(share):.2f} forwards predicted, plain {cost.plain:.2f}"
+            f" (breaks even at k/n = {cost.break_even:.0%})",
+            f"  memory      {share:.1%} of the activations + {self.last.kept_bytes / 2**20:.1f} MiB of scouted keys and values",
+        ]
+        if self.last.plainly:
+            lines.append("  this micro-batch was trained plainly: so many rows are selected that scouting cannot pay")
+        return lines
+
+    def misfit(self) -> str | None:
+        """A plain word to the user if most micro-batches were trained plainly."""
+        if self.total < 10 or self.plain_total <= self.total / 2:
+            return None
+        return (
+            f"TokenSeek does not fit this data: {self.plain_total} of {self.total} micro-batches have so many labelled "
+            "tokens that they were trained plainly. Use gradient checkpointing, or a smaller `labelled`/`ratio` if you "
+            "accept the approximation."
+        )
+
+    def _add(self, name: str, value: float | Tensor) -> None:
+        self._values.setdefault(name, []).append(value)

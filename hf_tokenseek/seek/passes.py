@@ -1,0 +1,163 @@
+"""The passes over the decoder: scout (no gradient, all rows), ditch (gradient, selected rows), plain."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from tokenseek_kernels import HeadStatistics, head_statistics, linear_cross_entropy
+
+from .attention import DitchState, ScoutState
+from .batch import IGNORE, Batch
+from .scores import Score, Scouted
+from .select import Selection, labelled_rows, real_rows
+
+
+class Decoder:
+    """
+    A causal language model seen as backbone and head.
+
+    Args:
+        model (`transformers.PreTrainedModel`): a `...ForCausalLM`.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.backbone = model, model.base_model
+        config = model.config.get_text_config()
+        # granite divides the logits, cohere multiplies them, gemma caps them
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        self.head_rule = {
+            "logit_scale": (getattr(config, "logit_scale", None) or 1.0) / divisor,
+            "softcap": getattr(config, "final_logit_softcapping", None),
+        }
+        self.layers = _decoder_layers(self.backbone, config.num_hidden_layers)
+        self.heads = config.num_attention_heads
+
+    def scout(self, batch: Batch, score: Score) -> tuple[ScoutState, Scouted]:
+        """Runs all rows without gradient and without dropout; keeps keys and values and what `score` asks for."""
+        mass_rows = {None: lambda b: None, "labelled": labelled_rows, "all": real_rows}[score.mass_from](batch)
+        state = ScoutState(batch.visibility, mass_rows, len(self.layers) if score.last_block else None)
+        with torch.no_grad(), _evaluating(self.model):
+            if score.last_block:
+                gradient = self._last_block_gradient(batch, state)
+                found = Scouted(state.mass, block_gradient=gradient, heads=self.heads)
+            else:
+                hidden = self._run(batch.tokens, batch.positions, state)
+                head = self._head_statistics(hidden, batch) if score.head else None
+                found = Scouted(state.mass, head, heads=self.heads)
+        if not state.kept:
+            raise ValueError(
+                f"{type(self.model).__name__} never called TokenSeek's attention: something replaced its attention "
+                "implementation after attach(). Call model.set_attn_implementation before attach(), not after."
+            )
+        return state, found
+
+    def ditch(self, batch: Batch, scouted: ScoutState, selection: Selection) -> Tensor:
+        """Runs the selected rows with gradient; hidden states of shape `(batch, k, hidden)`."""
+        state = DitchState(scouted.kept, selection.rows, batch.visibility)
+        index = selection.rows.clamp(min=0)
+        if batch.tokens.dim() == 3:
+            tokens = batch.tokens.gather(1, index[:, :, None].expand(-1, -1, batch.tokens.shape[2]))
+        else:
+            tokens = batch.tokens.gather(1, index)
+        return self._run(tokens, batch.positions.gather(1, index), state)
+
+    def plain(self, inputs: dict) -> Tensor:
+        """Runs all rows with gradient, as without TokenSeek; hidden states of shape `(batch, n, hidden)`."""
+        return self.backbone(**inputs, use_cache=False)[0]
+
+    def losses(self, hidden: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """
+        Cross-entropy of the first `count` rows that have a target.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(batch, k, hidden)`): final hidden states.
+            targets (`torch.LongTensor` of shape `(batch, k)`): -100 where there is no loss.
+            count (`int`): how many rows at most have a target; a host number, so that nothing waits for the device.
+
+        Returns:
+            `(losses, index)`, both of shape `(count,)`: float32 losses (0 where a target is missing) and the flat index
+            of their rows.
+        """
+        flat = targets.flatten()
+        index = (flat == IGNORE).to(torch.int8).sort(stable=True).indices[:count]
+        weight, bias = self._head()
+        rows = hidden.flatten(0, 1).index_select(0, index)
+        losses = linear_cross_entropy(rows, weight, flat.index_select(0, index), bias=bias, **self.head_rule)
+        return losses, index
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        head = self.model.get_output_embeddings()
+        return head.weight, getattr(head, "bias", None)
+
+    def _run(self, tokens: Tensor, positions: Tensor, state: ScoutState | DitchState) -> Tensor:
+        # a 4-D mask is taken as it is by every family: no mask is built, `state` knows who sees whom
+        no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+        name = "inputs_embeds" if tokens.dim() == 3 else "input_ids"
+        inputs = {name: tokens, "position_ids": positions, "attention_mask": no_mask}
+        return self.backbone(**inputs, use_cache=False, seek=state)[0]
+
+    def _head_statistics(self, hidden: Tensor, batch: Batch) -> HeadStatistics:
+        weight, bias = self._head()
+        found = head_statistics(hidden.flatten(0, 1), weight, batch.targets.flatten(), bias=bias, **self.head_rule)
+        return HeadStatistics(*(part.view(batch.shape) for part in found))
+
+    def _last_block_gradient(self, batch: Batch, state: ScoutState) -> Tensor:
+        """Gradient of the labelled losses at the input of the last block: only that block and the head are differentiated."""
+        found = {}
+
+        def start_here(layer, args, kwargs):
+            torch.set_grad_enabled(True)  # ends with the surrounding no_grad
+            found["input"] = args[0].detach().requires_grad_()
+            return (found["input"], *args[1:]), kwargs
+
+        hook = self.layers[-1].register_forward_pre_hook(start_here, with_kwargs=True)
+        try:
+            hidden = self._run(batch.tokens, batch.positions, state)
+        finally:
+            hook.remove()
+        weight, bias = (None if part is None else part.detach() for part in self._head())
+        targets = batch.targets.flatten()
+        losses = linear_cross_entropy(hidden.flatten(0, 1), weight, targets, bias=bias, **self.head_rule)
+        return torch.autograd.grad(losses.sum(), found["input"])[0]
+
+
+def _decoder_layers(backbone: nn.Module, count: int) -> nn.ModuleList:
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f"{type(backbone).__name__} has no list of {count} decoder layers. TokenSeek does not support it.")
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    """Evaluation mode without dropout and router noise; gives every module its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Hold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, *kept):
+        ctx.save_for_backward(*kept)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *(None for _ in ctx.saved_tensors)
+
+
+def hold(loss: Tensor, scouted: ScoutState) -> Tensor:
+    """
+    The same loss, with the scouted keys and values as its saved tensors.
+
+    Gradient checkpointing's recompute holds them in a closure that no count of saved tensors sees; saying so here keeps
+    every memory figure honest and costs nothing.
+    """
+    return _Hold.apply(loss, *(tensor for pair in scouted.kept.values() for tensor in pair))

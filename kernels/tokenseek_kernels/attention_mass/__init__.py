@@ -1,0 +1,4 @@
+from .function import attention_mass
+
+
+__all__ = ["attention_mass"]

@@ -1,0 +1,81 @@
+"""What every attention operation here shares: who sees whom, and the scores of a block of query rows."""
+
+from collections.abc import Iterator
+
+import torch
+
+
+# Temporaries of a blocked operation stay below this, whatever the sequence length.
+WORKSPACE_MIB = 64
+
+
+def visible(rows: torch.Tensor, segments: torch.Tensor | None, n_keys: int, window: int | None) -> torch.Tensor:
+    """
+    The one rule on positions that covers causal, sliding-window, padded and packed attention.
+
+    The query at index `i` sees the key at index `j` if `j <= i`, both lie in the same segment (a document; padding has
+    segment -1 and is seen by nobody) and, with a window, `i - j < window`.
+
+    Args:
+        rows (`torch.LongTensor` of shape `(batch, queries)`):
+            Index of each query in its sequence; -1 is an empty slot that sees nothing.
+        segments (`torch.LongTensor` of shape `(batch, keys)`, *optional*):
+            Document number of every token, -1 for padding. `None` means one document without padding on the left.
+        n_keys (`int`):
+            Number of keys.
+        window (`int`, *optional*):
+            Sliding window: how many keys, its own included, a query sees.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, queries, keys)`.
+    """
+    query, key = rows[:, :, None], torch.arange(n_keys, device=rows.device)
+    seen = key <= query
+    if window is not None:
+        seen = seen & (key > query - window)
+    if segments is not None:
+        own = segments.gather(1, rows.clamp(min=0))[:, :, None]
+        seen = seen & (segments[:, None, :n_keys] == own) & (own >= 0)
+    return seen
+
+
+def row_blocks(n_rows: int, bytes_per_row: int) -> Iterator[slice]:
+    """Slices of `n_rows` rows whose temporaries of `bytes_per_row` fit into the workspace (at least one row each)."""
+    step = max(1, WORKSPACE_MIB * 2**20 // max(1, bytes_per_row))
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
+
+
+def wide(states: torch.Tensor) -> torch.Tensor:
+    """The dtype sums are kept in: float32 (float64 stays, so that gradcheck sees the real thing)."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
+def group_heads(states: torch.Tensor, n_kv_heads: int) -> torch.Tensor:
+    """`(batch, heads, rows, dim)` -> `(batch, kv_heads, group * rows, dim)`: grouped K/V serve without a copy."""
+    batch, heads, rows, dim = states.shape
+    return states.reshape(batch, n_kv_heads, heads // n_kv_heads * rows, dim)
+
+
+def block_scores(
+    query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """
+    Attention scores of a block of query rows in float32 (or float64), -inf where a query does not see a key.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, rows, dim)`): the block's queries.
+        key (`torch.Tensor` of shape `(batch, kv_heads, keys, dim)`): all keys.
+        seen (`torch.BoolTensor` of shape `(batch, rows, keys)`): from [`visible`].
+        scale (`float`): factor on the scores.
+        softcap (`float`, *optional*): `softcap * tanh(score / softcap)` before masking.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, heads, rows, keys)`.
+    """
+    batch, heads, rows, _ = query.shape
+    grouped = wide(group_heads(query, key.shape[1]))
+    scores = (grouped @ wide(key).transpose(-1, -2)).view(batch, heads, rows, key.shape[2]).mul_(scale)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    return scores.masked_fill_(~seen[:, None], float("-inf"))

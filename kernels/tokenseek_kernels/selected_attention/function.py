@@ -1,0 +1,198 @@
+"""Attention of selected rows: the door, its autograd function and the custom ops behind it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import resolve_impl
+from ..scores import row_blocks
+from . import blocked
+from .reference import selected_attention_reference
+
+
+@torch.library.custom_op("tokenseek::selected_attention_forward", mutates_args=())
+def _forward_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    segments: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return blocked.selected_attention_forward(query, key, value, rows, segments, scale, softcap, window, sinks)
+
+
+@_forward_op.register_fake
+def _(query, key, value, rows, segments, scale, softcap, window, sinks):
+    batch, heads, n_rows, _ = query.shape
+    return query.new_empty(batch, n_rows, heads, value.shape[-1]), query.new_empty(
+        batch, heads, n_rows, dtype=blocked.lse_dtype(query)
+    )
+
+
+@torch.library.custom_op("tokenseek::selected_attention_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    segments: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return blocked.selected_attention_backward(
+        grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks
+    )
+
+
+@_backward_op.register_fake
+def _(grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks):
+    batch, heads, n_rows, dim = query.shape
+    return (
+        torch.empty_like(query),
+        key.new_empty(batch, key.shape[1], n_rows, dim),
+        value.new_empty(batch, value.shape[1], n_rows, value.shape[-1]),
+        lse.new_empty(0 if sinks is None else heads),
+    )
+
+
+def overlay_(states: Tensor, fresh: Tensor, rows: Tensor) -> None:
+    """
+    Writes the fresh rows of selected keys or values over the scouted ones, in place.
+
+    Empty slots (-1, behind the real ones) repeat the last real slot, so that a duplicate write carries the same value.
+    """
+    last = (rows >= 0).sum(1, keepdim=True).sub(1).clamp(min=0)
+    slot = torch.minimum(torch.arange(rows.shape[1], device=rows.device), last)
+    index = rows.gather(1, slot).clamp(min=0)[:, None, :, None].expand_as(fresh)
+    states.scatter_(2, index, fresh.gather(2, slot[:, None, :, None].expand_as(fresh)).to(states.dtype))
+
+
+class _SelectedAttention(torch.autograd.Function):
+    """Saves query, output, log-sum-exp and *references* to the scouted keys and values; nothing of size rows x keys."""
+
+    @staticmethod
+    def forward(ctx, query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, sinks):
+        overlay_(key, fresh_key, rows)
+        overlay_(value, fresh_value, rows)
+        output, lse = _forward_op(query, key, value, rows, segments, scale, softcap, window, sinks)
+        ctx.save_for_backward(query, key, value, output, lse, rows, segments, sinks)
+        ctx.plain = scale, softcap, window
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, output, lse, rows, segments, sinks = ctx.saved_tensors
+        scale, softcap, window = ctx.plain
+        d_query, d_key, d_value, d_sinks = _backward_op(
+            grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks
+        )
+        d_sinks = None if sinks is None else d_sinks.to(sinks.dtype)
+        return d_query, d_key, d_value, None, None, None, None, None, None, None, d_sinks
+
+
+def selected_attention(
+    query: Tensor,
+    fresh_key: Tensor,
+    fresh_value: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    segments: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """
+    Attention of the selected rows of each sequence over all of its keys, by position.
+
+    Saved for the backward pass, in bytes (`e` = bytes an element): `batch * rows * heads * (dim + value_dim) * e` for
+    query and output, `batch * heads * rows * 4` for the log-sum-exp, `rows` and `segments` (shared by all layers), and
+    references to `key` and `value`, which exist anyway. Gradient reaches `query`, `sinks` and the *fresh* rows only.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, rows, dim)`):
+            Queries of the selected rows.
+        fresh_key, fresh_value (`torch.Tensor` of shape `(batch, kv_heads, rows, dim)`, `(..., value_dim)`):
+            Keys and values of the selected rows, with gradient. They are written over their places in `key`, `value`.
+        key, value (`torch.Tensor` of shape `(batch, kv_heads, keys, dim)`, `(..., value_dim)`):
+            Scouted keys and values of all tokens, without gradient. **Modified in place.**
+        rows (`torch.LongTensor` of shape `(batch, rows)`):
+            Index of each selected row, ascending; -1 fills up at the end.
+        segments (`torch.LongTensor` of shape `(batch, keys)`, *optional*):
+            Document number of every token, -1 for padding; `None` means one document without padding on the left.
+        scale (`float`, *optional*, defaults to `dim ** -0.5`):
+            Factor on the scores.
+        softcap (`float`, *optional*):
+            Gemma 2's `softcap * tanh(score / softcap)`.
+        window (`int`, *optional*):
+            Sliding window in tokens, the query's own included.
+        sinks (`torch.Tensor` of shape `(heads,)`, *optional*):
+            gpt-oss's learned sink logit a head.
+        impl (`str`, *optional*, defaults to `"auto"`):
+            `"auto"`, `"torch"` or `"reference"` (which leaves `key` and `value` as they are).
+
+    Returns:
+        `torch.Tensor` of shape `(batch, rows, heads, value_dim)`, contiguous; zeros in empty slots.
+
+    Raises:
+        ValueError: shapes do not fit together, `key` or `value` ask for a gradient, or `impl` is unknown.
+    """
+    _check(query, fresh_key, key, value, rows, segments)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    call = _SelectedAttention.apply
+    if resolve_impl(impl, query) == "reference":
+        call = selected_attention_reference
+    return call(query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, sinks)
+
+
+def _check(query, fresh_key, key, value, rows, segments):
+    if key.requires_grad or value.requires_grad:
+        raise ValueError("scouted `key` and `value` must not require grad: scout under torch.no_grad() or detach them.")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"query heads ({query.shape[1]}) must be a multiple of key/value heads ({key.shape[1]}).")
+    if rows.shape != (query.shape[0], query.shape[2]) or fresh_key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"`rows` {tuple(rows.shape)} must be (batch, rows) of query {tuple(query.shape)} and fresh_key "
+            f"{tuple(fresh_key.shape)}."
+        )
+    if segments is not None and segments.shape != (key.shape[0], key.shape[2]):
+        raise ValueError(f"`segments` {tuple(segments.shape)} must be (batch, keys) of key {tuple(key.shape)}.")
+
+
+def causal_attention(query, key, value, segments=None, *, scale=None, softcap=None, window=None, sinks=None) -> Tensor:
+    """
+    Attention of *all* rows under the same rule on positions, without gradient: what the scouting pass runs.
+
+    Takes torch's own fused attention where nothing but causality applies (bit for bit what `sdpa` models compute);
+    otherwise blocks of rows that read only the keys a causal row can see. Arguments as in [`selected_attention`].
+
+    Returns:
+        `torch.Tensor` of shape `(batch, rows, heads, value_dim)`.
+    """
+    batch, heads, n, dim = query.shape
+    scale = dim**-0.5 if scale is None else scale
+    if segments is None and softcap is None and sinks is None and (window is None or window >= n):
+        grouped = heads != key.shape[1]
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=n > 1, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2).contiguous()
+    output = query.new_empty(batch, n, heads, value.shape[-1])
+    index = torch.arange(n, device=query.device).expand(batch, n)
+    for block in row_blocks(n, 8 * batch * heads * n):
+        keys = slice(0, block.stop)
+        part = None if segments is None else segments[:, keys]
+        output[:, block] = _forward_op(
+            query[:, :, block], key[:, :, keys], value[:, :, keys], index[:, block], part, scale, softcap, window, sinks
+        )[0]
+    return output
