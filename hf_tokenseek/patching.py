@@ -1,9 +1,10 @@
 """What was swapped where, and how to take it back: [`attach`] and its handle."""
 
 import functools
-import inspect
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import nn
 
 from .families import check_family
@@ -26,39 +27,33 @@ def find_causal_lm(model: nn.Module) -> nn.Module:
 
 class PatchedForward:
     """
-    Replaces the `forward` of one instance while training with gradients; everything else runs the original.
+    Replaces the `forward` of one instance while it trains eagerly with gradients; everything else runs the original.
 
     Args:
         model (`nn.Module`): the instance.
-        train (`Callable`): called with the bound arguments of `forward` in training.
+        train (`Callable`): called with the original forward, its positional and its keyword arguments.
     """
 
-    def __init__(self, model: nn.Module, train: Callable):
-        self.model, self.original, self.enabled = model, model.forward, True
-        self.own_before = "forward" in vars(model)
-        signature = inspect.signature(self.original)
+    def __init__(self, model: nn.Module, train: Callable[[Callable, tuple, dict], Any]):
+        self.model, self.active = model, True
+        self.before = {name: value for name, value in vars(model).items() if name == "forward"}
+        self.original = original = model.forward
 
-        @functools.wraps(self.original)
+        @functools.wraps(original)
         def forward(*args, **kwargs):
-            import torch
-
-            if not (self.enabled and model.training and torch.is_grad_enabled()):
-                return self.original(*args, **kwargs)
-            bound = signature.bind(*args, **kwargs)
-            named = dict(bound.arguments)
-            named.update(named.pop("kwargs", {}))
-            return train(**named)
+            eager = self.active and not torch.compiler.is_compiling()
+            if eager and model.training and torch.is_grad_enabled():
+                return train(original, args, kwargs)
+            return original(*args, **kwargs)
 
         self.forward = model.forward = forward
 
     def undo(self) -> None:
-        """Gives the original back; under a wrapper that was put on later, the patch only stops doing anything."""
-        self.enabled = False
+        """Gives the original back; below a wrapper that was put on later, the patch only stops doing anything."""
+        self.active = False
         if vars(self.model).get("forward") is self.forward:
-            if self.own_before:
-                self.model.forward = self.original
-            else:
-                del self.model.forward
+            del self.model.forward
+            vars(self.model).update(self.before)
 
 
 class Attachment:

@@ -1,6 +1,6 @@
-"""Supervised fine-tuning with TokenSeek: back-propagate through the answers and what they look at, not through every token.
+"""Supervised fine-tuning with TokenSeek: back-propagate through the answers and what they look at only.
 
-Run from the root of the checkout; every option can stand in the file, on the command line, or in both (which then wins):
+Run from the root of the checkout; options stand in the file, on the command line, or in both (the command line wins):
 
     python -m recipes.sft --config recipes/configs/demo_tokenseek.yaml
     python -m recipes.sft --config recipes/configs/sft_tokenseek.yaml --dataset my_records.jsonl --learning_rate 5e-5
@@ -9,8 +9,8 @@ Run from the root of the checkout; every option can stand in the file, on the co
     accelerate launch -m recipes.sft --config recipes/configs/sft_tokenseek.yaml
     python -m recipes.sft --help
 
-It evaluates on held-out records before and after the training, and saves model, tokenizer and `trainer_state.json` into
-`output_dir`, from where `AutoModelForCausalLM.from_pretrained` loads them again.
+It evaluates on held-out records before and after the training, and saves model, tokenizer and `trainer_state.json`
+into `output_dir`, from where `AutoModelForCausalLM.from_pretrained` loads them again.
 """
 
 import sys
@@ -124,9 +124,7 @@ def _read_config(path: Path, known: set[str]) -> dict[str, Any]:
     return options
 
 
-def load_data(
-    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int = 0
-) -> tuple[Encoded, Encoded]:
+def load_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> tuple[Encoded, Encoded]:
     """Tokenised records to train on and to evaluate on."""
     training = load_records(arguments.dataset, arguments.dataset_split)
     held_out_source = arguments.eval_dataset or (PYTHON_DOCSTRINGS if arguments.dataset == PYTHON_DOCSTRINGS else None)

@@ -1,5 +1,8 @@
 """TokenSeek on one model instance: attach, train a micro-batch, report, undo."""
 
+import inspect
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -44,8 +47,10 @@ class SeekHandle:
         self.original_attention = self.model.config._attn_implementation
         if self.original_attention.startswith("tokenseek_"):
             raise ValueError("TokenSeek is attached to this model already. Call undo() on the first handle.")
-        self.model.set_attn_implementation(register_attention(self.original_attention))
-        self.patch = PatchedForward(self.model, self.train_forward)
+        self.attention = register_attention(self.original_attention)
+        self.model.set_attn_implementation(self.attention)
+        self.signature = inspect.signature(self.model.forward)
+        self.patch = PatchedForward(self.model, self._train_forward)
         self.metrics = SeekMetrics()
         self.selection: Tensor | None = None
         self.step, self.micro_step = 0, 0
@@ -54,10 +59,25 @@ class SeekHandle:
         """Tells which optimizer step the coming micro-batches belong to: it seeds all that is random."""
         self.step, self.micro_step = step, 0
 
+    def pause(self) -> None:
+        """Lets the model compute as it did before, until [`resume`]."""
+        self.patch.active = False
+        self.model.set_attn_implementation(self.original_attention)
+
+    def resume(self) -> None:
+        """Goes on after [`pause`]."""
+        self.patch.active = True
+        self.model.set_attn_implementation(self.attention)
+
     def undo(self) -> None:
         """Gives the model its own attention and forward back."""
+        self.pause()
         self.patch.undo()
-        self.model.set_attn_implementation(self.original_attention)
+
+    def _train_forward(self, original: Callable, args: tuple, kwargs: dict):
+        named = dict(self.signature.bind(*args, **kwargs).arguments)
+        further = named.pop("kwargs", {})
+        return self.train_forward(**named, **further)
 
     def train_forward(self, seek_sizes: Sizes | None = None, **inputs):
         """
@@ -93,7 +113,7 @@ class SeekHandle:
         budget = f"ratio={config.ratio}" if config.ratio else f"labelled={config.labelled}, context={config.context}"
         lines = [
             f"TokenSeek on {type(self.model).__name__}: {budget}, score={config.score}",
-            f"  attention   {self.original_attention} -> {self.model.config._attn_implementation}"
+            f"  attention   {self.original_attention} -> {self.attention}"
             f" in {len(self.decoder.layers)} layers (attention dropout off, scouting without dropout)",
             f"  forward     {type(self.model).__name__}.forward of this instance, in training with labels",
         ]
@@ -132,7 +152,7 @@ class SeekHandle:
             return Trained(losses.sum(), everything, plainly=True)
         generator = torch.Generator().manual_seed(_seed(self.config.seed, self.step, self.micro_step))
         score = SCORE_FUNCTIONS[self.config.score]
-        scouted, found = self.decoder.scout(batch, score)
+        scouted, found = self.decoder.scout(batch, score, self.config.evidence_queries)
         selection = select(score.compute(found, batch, self.config, generator), batch, self.config, generator)
         hidden = self.decoder.ditch(batch, scouted, selection)
         losses, index = self.decoder.losses(hidden, selection.targets, sum(batch.sizes.loss))

@@ -47,6 +47,8 @@ class SeekConfig:
         temperature (`float`, *optional*, defaults to 0.0):
             Above 0 the top-k is stochastic (Gumbel) and the losses carry inverse-probability weights; 1.0 samples in
             proportion to the score.
+        evidence_queries (`int`, *optional*, defaults to 128):
+            How many labelled queries of a sequence, evenly spaced, vote at most in `"evidence"`; bounds its cost.
         plain_fallback (`bool`, *optional*, defaults to `True`):
             Train a micro-batch plainly where so many rows are selected that scouting cannot pay.
         probe_steps (`int`, *optional*, defaults to 0):
@@ -69,6 +71,7 @@ class SeekConfig:
     gradient_norm: str = field(default="l2", metadata={"help": "How 'paper' reduces gradients: l2, l1 or signed."})
     context_bias: str = field(default="none", metadata={"help": "Causal-bias correction: none, count or harmonic."})
     temperature: float = field(default=0.0, metadata={"help": "Above 0: stochastic top-k with weighted losses."})
+    evidence_queries: int = field(default=128, metadata={"help": "Labelled queries that vote at most in 'evidence'."})
     plain_fallback: bool = field(default=True, metadata={"help": "Train plainly where scouting cannot pay."})
     probe_steps: int = field(default=0, metadata={"help": "Measure gradient fidelity every so many steps; 0 is off."})
     seed: int = field(default=0, metadata={"help": "Seed of random scores and of the stochastic top-k."})
@@ -87,6 +90,8 @@ class SeekConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` should be one of {list(allowed)}, got {getattr(self, name)!r}.")
+        if self.evidence_queries < 1:
+            raise ValueError(f"`evidence_queries` should be at least 1, got {self.evidence_queries}.")
         for name in ("temperature", "probe_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` should be 0 (off) or positive, got {getattr(self, name)}.")

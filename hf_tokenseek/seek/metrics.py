@@ -82,9 +82,11 @@ class SeekMetrics:
         for name, value in found.items():
             self._add(f"seek/{name}", value)
 
-    def read(self) -> dict[str, float]:
-        """Means since the last call; waits for the device."""
-        values, self._values = self._values, {}
+    def read(self, reset: bool = True) -> dict[str, float]:
+        """Means since the last call with `reset`; waits for the device."""
+        values = self._values
+        if reset:
+            self._values = {}
         return {name: sum(float(v) for v in found) / len(found) for name, found in values.items()}
 
     def describe(self) -> list[str]:

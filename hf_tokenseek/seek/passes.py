@@ -33,9 +33,10 @@ class Decoder:
         self.layers = _decoder_layers(self.backbone, config.num_hidden_layers)
         self.heads = config.num_attention_heads
 
-    def scout(self, batch: Batch, score: Score) -> tuple[ScoutState, Scouted]:
+    def scout(self, batch: Batch, score: Score, most_queries: int) -> tuple[ScoutState, Scouted]:
         """Runs all rows without gradient and without dropout; keeps keys and values and what `score` asks for."""
-        mass_rows = {None: lambda b: None, "labelled": labelled_rows, "all": real_rows}[score.mass_from](batch)
+        voters = {None: None, "labelled": lambda: labelled_rows(batch, most_queries), "all": lambda: real_rows(batch)}
+        mass_rows = voters[score.mass_from] and voters[score.mass_from]()
         state = ScoutState(batch.visibility, mass_rows, len(self.layers) if score.last_block else None)
         with torch.no_grad(), _evaluating(self.model):
             if score.last_block:

@@ -64,12 +64,18 @@ def select(scores: Tensor, batch: Batch, config: SeekConfig, generator: torch.Ge
     return Selection(rows, targets, weights.expand(scores.shape).gather(1, index).float())
 
 
-def labelled_rows(batch: Batch) -> Tensor:
-    """`(batch, m)`: the labelled positions of each sequence, ascending, -1 behind them; `m` is the largest count."""
-    n = batch.shape[1]
-    positions = torch.where(batch.targets != IGNORE, torch.arange(n, device=batch.targets.device), n)
-    rows = positions.sort(1).values[:, : max(1, *batch.sizes.labelled)]
-    return rows.masked_fill(rows == n, -1)
+def labelled_rows(batch: Batch, most: int) -> Tensor:
+    """
+    `(batch, m)`: the labelled positions of each sequence, ascending, -1 behind them; `m` is the largest count. Where a
+    sequence has more than `most`, so many of them, evenly spaced.
+    """
+    n, device = batch.shape[1], batch.targets.device
+    positions = torch.where(batch.targets != IGNORE, torch.arange(n, device=device), n).sort(1).values
+    counts = _column(batch.sizes.labelled, positions)
+    slots = torch.arange(max(1, min(most, max(batch.sizes.labelled))), device=device)
+    picks = torch.where(counts > most, slots * counts // most, slots)
+    rows = positions.gather(1, picks.clamp(max=n - 1))
+    return rows.masked_fill((rows == n) | (slots >= counts), -1)
 
 
 def real_rows(batch: Batch) -> Tensor:

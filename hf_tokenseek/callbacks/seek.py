@@ -1,0 +1,99 @@
+"""TokenSeek in any `Trainer`, as a callback."""
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from ..patching import find_causal_lm
+from ..seek import SeekConfig
+from ..seek.attach import SeekHandle
+from .logging import LoggedMetrics
+
+
+logger = logging.get_logger(__name__)
+
+
+class SeekCallback(LoggedMetrics):
+    """
+    Trains with TokenSeek in a stock `Trainer`: scouts, scores, selects and ditches inside the model's forward.
+
+    ```python
+    trainer = Trainer(model, args, train_dataset=dataset, callbacks=[SeekCallback(SeekConfig(context=0.2))])
+    ```
+
+    The model is patched when the trainer is built (before accelerate wraps it) and given back when training ends;
+    evaluation, generation and saving see the original. Logs the keys of [`SeekMetrics`].
+
+    Args:
+        config ([`SeekConfig`], `dict` or `bool`, *optional*): what to select; defaults to `SeekConfig()`.
+
+    Raises:
+        ValueError: the model or a training argument is not supported, by name.
+    """
+
+    def __init__(self, config: SeekConfig | dict | bool | None = None):
+        self.config = SeekConfig() if config is None else SeekConfig.parse(config)
+        if self.config is None:
+            raise ValueError("SeekCallback was told to be off. Leave it out of `callbacks` instead.")
+        self.handle: SeekHandle | None = None
+        self._announced = False
+
+    def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
+        refuse_arguments(args)
+        self._attach(model)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        self._attach(model)
+        self._announced = False
+        if state.is_local_process_zero:
+            print(self.handle.report(), flush=True)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.handle.begin_step(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if not self._announced and state.is_local_process_zero:
+            print(self.handle.report(), flush=True)
+        self._announced = True
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.handle.pause()
+        if (misfit := self.handle.metrics.misfit()) is not None:
+            logger.warning(misfit)
+
+    def metrics(self, reset: bool = True) -> dict[str, float]:
+        """
+        The means of [`SeekMetrics`] since the last call with `reset`.
+
+        Args:
+            reset (`bool`, *optional*, defaults to `True`): whether the next call starts from here.
+        """
+        return {} if self.handle is None else self.handle.metrics.read(reset)
+
+    def _attach(self, model: nn.Module) -> None:
+        if self.handle is not None and self.handle.model is find_causal_lm(model):
+            self.handle.resume()
+        else:
+            self.handle = SeekHandle(model, self.config)
+
+
+def refuse_arguments(args: TrainingArguments) -> None:
+    """
+    Refuses training arguments under which TokenSeek would silently not run, or run wrong.
+
+    Raises:
+        ValueError: names the argument, its value and the next step.
+    """
+    refusals = {
+        "label_smoothing_factor": (args.label_smoothing_factor, "0.0", "its loss takes the labels away from the model"),
+        "torch_compile": (args.torch_compile, "False", "the compiled forward would bypass the selection"),
+    }
+    for name, (value, allowed, why) in refusals.items():
+        if value:
+            raise ValueError(f"TokenSeek does not support `{name}`={value}: {why}. Set {name}={allowed}.")
+    if torch.cuda.is_available() and args.n_gpu > 1:
+        raise ValueError(
+            f"TokenSeek does not support torch.nn.DataParallel (n_gpu={args.n_gpu}): start the run with `torchrun`, or "
+            "show it one GPU by CUDA_VISIBLE_DEVICES."
+        )

@@ -1,0 +1,56 @@
+"""`Trainer` with TokenSeek inside."""
+
+from transformers import Trainer
+
+from .callbacks import LoggedMetrics, MemoryCallback, SeekCallback
+from .seek import SeekConfig
+
+
+class TokenSeekMixin:
+    """Adds the callbacks that the arguments ask for, and brings their figures into every log."""
+
+    def __init__(self, model=None, args=None, *positional, callbacks=None, compute_loss_func=None, **kwargs):
+        callbacks = list(callbacks or [])
+        # plain TrainingArguments have no such field: seek is on with its defaults
+        seek = getattr(args, "seek", SeekConfig())
+        if seek is not None and compute_loss_func is not None:
+            raise ValueError(
+                "TokenSeek computes the loss inside the model and does not support `compute_loss_func`. Leave it out, "
+                "or set seek=None."
+            )
+        if seek is not None and not any(isinstance(c, SeekCallback) for c in callbacks):
+            callbacks.append(SeekCallback(seek))
+        if not any(isinstance(c, MemoryCallback) for c in callbacks):
+            callbacks.append(MemoryCallback())
+        super().__init__(
+            model, args, *positional, callbacks=callbacks, compute_loss_func=compute_loss_func, **kwargs
+        )
+        for callback in self._logged():
+            callback.logged_by_trainer = True
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Adds the callbacks' figures to training logs, so that every tracker and `trainer_state.json` has them."""
+        if "loss" in logs:
+            for callback in self._logged():
+                logs.update(callback.metrics())
+        super().log(logs, *args, **kwargs)
+
+    def _logged(self) -> list[LoggedMetrics]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, LoggedMetrics)]
+
+
+class TokenSeekTrainer(TokenSeekMixin, Trainer):
+    """
+    Drop-in for [`~transformers.Trainer`]: the same model, trained with a fraction of the activation memory.
+
+    Takes what `Trainer` takes. With plain `TrainingArguments` TokenSeek is on with its defaults; with
+    [`TokenSeekArguments`] the field `seek` decides. Logs `seek/...`, `memory/...` and `speed/...`.
+
+    ```python
+    trainer = TokenSeekTrainer(model, args=TokenSeekArguments(output_dir="out", seek={"context": 0.2}), ...)
+    trainer.train()
+    ```
+
+    Raises:
+        ValueError: the model, an argument or `compute_loss_func` is not supported, by name and with the next step.
+    """
