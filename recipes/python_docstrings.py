@@ -47,11 +47,11 @@ def python_docstrings(split: str = "train", max_characters: int = 3000) -> list[
     """
     if split not in SPLITS:
         raise ValueError(f"Unknown split {split!r}. The task `python-docstrings` has {', '.join(SPLITS)}.")
-    split_of = _splits()
+    split_of = module_splits()
     return [
         {"prompt": f"{INSTRUCTION}\n\n{source}", "completion": answer, "module": module}
         for module, source, answer in _all_functions()
-        if split_of[_top_level(module)] == split and len(source) <= max_characters
+        if split_of[top_level(module)] == split and len(source) <= max_characters
     ]
 
 
@@ -89,8 +89,8 @@ def _all_functions() -> tuple[tuple[str, str, str], ...]:
     """(module, source, answer) of every useful function, each source and each answer once, ordered by hash."""
     found = [
         (module, source, first_sentence(docstring))
-        for module, path in _standard_library()
-        for source, docstring in documented_functions(_read(path))
+        for module, path in standard_library()
+        for source, docstring in documented_functions(read_source(path))
     ]
     unique, seen = [], set()
     for module, source, answer in sorted(found, key=lambda item: _digest("\n".join(item))):
@@ -103,9 +103,9 @@ def _all_functions() -> tuple[tuple[str, str, str], ...]:
 
 
 @cache
-def _splits() -> dict[str, str]:
+def module_splits() -> dict[str, str]:
     """Split of every top-level module: in the order of their hashes the first ones fill test, the next validation."""
-    functions = Counter(_top_level(module) for module, _, _ in _all_functions())
+    functions = Counter(top_level(module) for module, _, _ in _all_functions())
     wanted = HELD_OUT_SHARE * functions.total()
     splits, filled = {}, Counter()
     for name in sorted(functions, key=_digest):
@@ -114,7 +114,8 @@ def _splits() -> dict[str, str]:
     return splits
 
 
-def _top_level(module: str) -> str:
+def top_level(module: str) -> str:
+    """The package or module that a dotted name belongs to."""
     return module.partition(".")[0]
 
 
@@ -126,7 +127,7 @@ def _useful(source: str, answer: str) -> bool:
     )
 
 
-def _standard_library() -> Iterator[tuple[str, Path]]:
+def standard_library() -> Iterator[tuple[str, Path]]:
     """Dotted module name and path of every source file of the standard library, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
@@ -135,7 +136,8 @@ def _standard_library() -> Iterator[tuple[str, Path]]:
             yield ".".join(parts).removesuffix(".__init__"), path
 
 
-def _read(path: Path) -> str:
+def read_source(path: Path) -> str:
+    """A source file's text."""
     # honours the coding line of a file
     with tokenize.open(path) as file:
         return file.read()

@@ -14,9 +14,9 @@ ALLOCATION_BYTES = 512
 
 class LiveMemory(TorchDispatchMode):
     """
-    Counts live and peak bytes of all storages that operators return inside the block, rounded as by the CUDA allocator.
-    Forward, backward, recomputation and the optimizer are all seen. Under `FakeTensorMode` the figures equal those of
-    the real run, and no memory is needed. Not for every step: about 25 us per operator.
+    Counts live and peak bytes of all storages that operators return inside the block, rounded as the CUDA allocator
+    does. Forward, backward, recomputation and the optimizer are all seen. Under `FakeTensorMode` the figures equal
+    those of the real run, and no memory is needed. Not for every step: about 25 us per operator.
 
     ```python
     with LiveMemory(model, batch) as memory:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .storages import LiveStorages, storage_keys
+from .storages import LiveStorages
 
 
 class SavedActivations:
@@ -20,9 +20,9 @@ class SavedActivations:
     print(saved.bytes)  # what has outlived backward
     ```
 
-    Nothing is kept alive and no result changes. Every entry starts at zero. The cost is about 12 us per saved tensor,
-    forward and backward together, 5 of them PyTorch's own calls into Python: 14 ms of one CPU core for a step of a
-    30-layer Llama of any width (1,153 saved tensors).
+    Nothing is kept alive and no result changes. Every entry starts at zero. The cost is about 13 us per saved tensor,
+    forward and backward together, 5 of them PyTorch's own calls into Python: 15 ms of one CPU core for a step of a
+    30-layer Llama of any width (1,153 saved tensors), or 0.2 % of one of SmolLM2-135M with 1,024 tokens on two cores.
 
     While hooks are set, autograd does not check that saved tensors are unchanged, and only the innermost hooks see a
     tensor: hooks that were active outside (activation offloading) do nothing inside the block, and what hooks inside
@@ -30,7 +30,7 @@ class SavedActivations:
 
     Args:
         model (`nn.Module`, *optional*):
-            The model whose buffers, as they are now, are no activations, nor what shares storage with its parameters.
+            Its buffers, and whatever shares a storage with its parameters, are no activations.
 
     Attributes:
         bytes (`int`): Bytes alive now.
@@ -40,8 +40,9 @@ class SavedActivations:
     """
 
     def __init__(self, model: nn.Module | None = None):
-        state = () if model is None else (*model.parameters(), *model.buffers())
-        self._ignored = storage_keys(state)
+        self._ignored = LiveStorages()
+        for tensor in () if model is None else (*model.parameters(), *model.buffers()):
+            self._ignored.add(tensor)
         self._reset()
 
     @property

@@ -1,15 +1,9 @@
 """Counting bytes by storage, without keeping any storage alive."""
 
 import weakref
-from collections.abc import Iterable, Set
 from functools import partial
 
 from torch import Tensor
-
-
-def storage_keys(tensors: Iterable[Tensor]) -> frozenset[int]:
-    """What identifies the tensors' storages for as long as they live."""
-    return frozenset(tensor.untyped_storage()._cdata for tensor in tensors)
 
 
 class LiveStorages:
@@ -22,18 +16,19 @@ class LiveStorages:
     Args:
         granularity (`int`, *optional*, defaults to 1):
             Bytes of a storage are rounded up to a multiple of this.
-        ignored (set of `int`, *optional*):
-            [`storage_keys`] of what never counts.
+        ignored ([`LiveStorages`], *optional*):
+            Storages that do not count here while they live.
 
     Attributes:
         bytes (`int`): Bytes alive now.
         peak_bytes (`int`): The largest value that `bytes` has had.
     """
 
-    def __init__(self, granularity: int = 1, ignored: Set[int] = frozenset()):
+    def __init__(self, granularity: int = 1, ignored: "LiveStorages | None" = None):
         self.bytes = self.peak_bytes = 0
-        self._granularity, self._ignored = granularity, ignored
+        self._granularity = granularity
         self._references: dict[int, weakref.ref] = {}
+        self._ignored = {} if ignored is None else ignored._references
 
     def add(self, tensor: Tensor) -> None:
         """Takes in the tensor's storage unless it is known already."""

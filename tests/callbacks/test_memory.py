@@ -306,6 +306,14 @@ def test_hooks_of_others_are_left_alone(tiny_llama, clock):
     assert SAVED not in figures and TOKENS in figures
 
 
+def test_compiled_models_are_not_counted_and_not_broken_up(clock):
+    model, callback = torch.nn.Linear(4, 4), MemoryCallback()
+    begin(callback, model)
+    output = torch.compile(model, backend="eager", fullgraph=True)(torch.ones(1, 4))
+    assert torch.equal(output, torch.nn.functional.linear(torch.ones(1, 4), model.weight, model.bias))
+    assert callback.metrics() == {}
+
+
 @pytest.mark.parametrize(
     ("n_gpu", "zero3", "message"), [(2, False, "n_gpu=2"), (1, True, "ZeRO-3")], ids=["data_parallel", "zero3"]
 )

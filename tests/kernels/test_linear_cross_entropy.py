@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hf_tokenseek.memory import LiveMemory
 from tokenseek_kernels.linear_cross_entropy import chunked, head_statistics, linear_cross_entropy, reference
 
 DIM = 16
@@ -204,24 +205,28 @@ def test_saved_bytes_equal_the_formula(dtype):
     assert sum(saved.values()) == rows * (DIM * dtype.itemsize + 8 + 4)
 
 
-def test_logits_live_for_one_chunk_only():
-    rows, vocabulary, chunk_rows = 63, 257, 4
-    hidden, weight, _, targets, _ = make_inputs(rows, vocabulary)
-    sizes = []
-
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
-            return result
-
-    needs = (True, True, False)
-    with Sizes(), torch.no_grad():
-        _, log_sum_exp = chunked.forward(hidden, weight, targets, None, 1.0, None, -100, chunk_rows)
-        upstream = torch.ones(rows)
-        chunked.backward(upstream, hidden, weight, targets, log_sum_exp, None, 1.0, None, -100, chunk_rows, needs)
-    assert max(sizes) == max(chunk_rows * vocabulary, vocabulary * DIM, rows * DIM)
-    assert max(sizes) < rows * vocabulary
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_one_chunk_of_logits_is_alive(softcap):
+    rows, vocabulary, chunk_rows = 64, 2**14, 8
+    options = (None, 1.0, softcap, -100, chunk_rows)
+    chunk = chunk_rows * vocabulary * 4
+    # what belongs to rows (scalars and hidden states, each rounded up to 512 bytes)
+    small = 16 * rows * DIM * 4
+    with FakeTensorMode(), torch.no_grad():
+        hidden = torch.empty(rows, DIM, dtype=torch.bfloat16)
+        weight = torch.empty(vocabulary, DIM, dtype=torch.bfloat16)
+        targets = torch.zeros(rows, dtype=torch.int64)
+        with LiveMemory(hidden, weight, targets) as memory:
+            _, log_sum_exp = chunked.forward(hidden, weight, targets, *options)
+        assert memory.peak_bytes - memory.base_bytes <= 1.5 * chunk + small
+        with LiveMemory(hidden, weight, targets) as memory:
+            needs = (True, True, False)
+            chunked.backward(torch.ones(rows), hidden, weight, targets, log_sum_exp, *options, needs)
+        slope = 0 if softcap is None else chunk
+        assert memory.peak_bytes - memory.base_bytes <= 1.5 * chunk + slope + weight.nbytes + small
+        with LiveMemory(hidden, weight, targets) as memory:
+            chunked.head_statistics(hidden, weight, targets, *options)
+        assert memory.peak_bytes - memory.base_bytes <= 2 * chunk + slope + small
 
 
 def test_fake_tensors():

@@ -50,6 +50,17 @@ def test_parameters_and_buffers_are_left_out():
     assert y.shape == (4, 8)
 
 
+def test_parameters_that_come_later_are_left_out_too():
+    linear = nn.Linear(8, 8, bias=False)
+    saved = SavedActivations(linear)
+    linear.weight = nn.Parameter(torch.randn(8, 8))
+    x = torch.randn(4, 8, requires_grad=True)
+    with saved:
+        y = linear(x)
+    assert saved.bytes == x.nbytes
+    assert y.shape == (4, 8)
+
+
 def test_follows_storages_that_die_in_the_forward():
     x = kib()
     with SavedActivations() as saved:

@@ -1,91 +1,75 @@
-"""Tiny random configs of transformers' decoder families, for tests and for generating docs/families.md."""
+"""Tiny random models of transformers' decoder families in which everything a family can do to attention happens."""
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 
 VOCABULARY = 200
+WINDOW = 16  # shorter than the sequences of the tests, so that it hides something
+
+# Taken by every config that knows the name.
 _SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 64),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "dff"), 128),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 256),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "moe_ffn_hidden_size"), 32),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
+    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "num_dense_layers"), 1),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim", "rotary_dim", "hidden_size_per_layer_input"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 256,
-    "n_embd": 64,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 256,
-    "n_inner": 128,
-    "d_model": 64,
-    "ffn_dim": 128,
-    "word_embed_proj_dim": 64,
-    "n_heads": 4,
-    "n_layers": 2,
+    "sliding_window": WINDOW,
+    "use_sliding_window": True,
+    "word_embed_proj_dim": 32,
+    "no_rope_layer_interval": 2,
+    # far from one, and small enough that a cap bends what it caps
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"), 1.5),
+    "logit_scale": 0.3,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "moe_intermediate_size": 32,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "sliding_window": 16,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 16,
-    "rotary_dim": 16,
-    "decoder_layers": 2,
-    "decoder_attention_heads": 4,
-    "decoder_ffn_dim": 128,
-    "attention_heads": 4,
-    "num_layers": 2,
-    "num_heads": 4,
-    "ffn_hidden_size": 128,
-    "shared_expert_intermediate_size": 32,
-    "hidden_size_per_layer_input": 16,
-    "vocab_size_per_layer_input": VOCABULARY,
 }
-_DROPOUTS = (
-    "attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout", "attention_probs_dropout_prob",
-    "hidden_dropout_prob", "activation_dropout", "layerdrop", "router_jitter_noise", "residual_dropout", "embedding_dropout",
+# No dropout and no router noise: two passes are to be compared.
+_NOISE = (
+    "attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout", "layerdrop",
+    "attention_probs_dropout_prob", "hidden_dropout_prob", "activation_dropout", "router_jitter_noise",
+    "input_jitter_noise", "residual_dropout", "embedding_dropout",
 )  # fmt: skip
+# What a single family needs on top.
+_OWN: dict[str, dict] = {}
 
 
-def tiny_config(family: str, layers: int = 2):
-    """A config of `family` with `layers` tiny layers, no dropout and no router noise."""
+def tiny_config(family: str):
+    """A config of `family` with two tiny layers, or as many as it has kinds of layers."""
     config_class = CONFIG_MAPPING[family]
     defaults = config_class()
-    values = {k: v for k, v in _SMALL.items() if hasattr(defaults, k)}
-    values.update({k: 0.0 for k in _DROPOUTS if isinstance(getattr(defaults, k, None), float)})
-    for name in ("num_hidden_layers", "n_layer", "n_layers", "decoder_layers", "num_layers"):
-        if name in values:
-            values[name] = layers
-    for drop in ((), ("head_dim",), ("head_dim", "num_key_value_heads"), ("sliding_window",)):
-        try:
-            return config_class(**{k: v for k, v in values.items() if k not in drop})
-        except Exception as error:  # a config says in its own way which sizes it cannot combine
-            last = error
-    raise last
+    values = {name: value for name, value in _SMALL.items() if hasattr(defaults, name)}
+    values |= {name: 0.0 for name in _NOISE if isinstance(getattr(defaults, name, None), float)}
+    if hasattr(defaults, "kv_lora_rank"):
+        # latent attention has a key and value for every head
+        values["num_key_value_heads"] = values.get("num_attention_heads", 4)
+        values.pop("head_dim", None)
+    if getattr(defaults, "layer_types", None) and "sliding_window" in values:
+        values["layer_types"] = ["sliding_attention", "full_attention"]
+    values |= _OWN.get(family, {})
+    return config_class(**values)
 
 
-def tiny_model(family: str, layers: int = 2, dtype: torch.dtype = torch.float32):
-    """A tiny random model of `family` in training mode, seeded, with norm weights away from one."""
-    config = tiny_config(family, layers)
+def tiny_model(family: str, dtype: torch.dtype = torch.float32):
+    """A tiny random model of `family` in training mode, always the same, with every parameter away from zero and one."""
+    config = tiny_config(family)
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > 5_000_000:
         raise ValueError(f"the tiny config of {family} has {size} parameters")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape).to(dtype) * 0.02)
-    return model.train()
+            parameter.add_(torch.randn(parameter.shape) * 0.02)
+    return model.to(dtype).train()

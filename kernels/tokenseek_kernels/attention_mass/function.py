@@ -19,15 +19,17 @@ def _mass_op(
     window: int | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    mass = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=query.device)
-    for block in row_blocks(query.shape[2], 8 * query.shape[0] * query.shape[1] * key.shape[2]):
-        seen = visible(rows[:, block], segments, key.shape[2], window)
-        scores = block_scores(query[:, :, block], key, seen, scale, softcap)
-        lse = scores.logsumexp(-1, keepdim=True)
-        if sinks is not None:
-            lse = torch.logaddexp(lse, wide(sinks).view(1, -1, 1, 1))
-        # a row that sees nothing has -inf everywhere and gives no mass
-        mass += scores.sub_(lse.masked_fill_(lse == float("-inf"), 0.0)).exp_().sum((1, 2))
+    # sums are kept in float32; autocast would round them on the way
+    with torch.autocast(query.device.type, enabled=False):
+        mass = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=query.device)
+        for block in row_blocks(query.shape[2], 8 * query.shape[0] * query.shape[1] * key.shape[2]):
+            seen = visible(rows[:, block], segments, key.shape[2], window)
+            scores = block_scores(query[:, :, block], key, seen, scale, softcap)
+            lse = scores.logsumexp(-1, keepdim=True)
+            if sinks is not None:
+                lse = torch.logaddexp(lse, wide(sinks).view(1, -1, 1, 1))
+            # a row that sees nothing has -inf everywhere and gives no mass
+            mass += scores.sub_(lse.masked_fill_(lse == float("-inf"), 0.0)).exp_().sum((1, 2))
     return mass
 
 

@@ -40,6 +40,8 @@ def forward(
         top, total = _exponentiate(logits)
         log_sum_exp[rows] = top + total.log()
         loss[rows] = log_sum_exp[rows] - target_logits
+        # else it would live until the next chunk exists; likewise below
+        del logits
     return loss.masked_fill_(ignored, 0.0), log_sum_exp
 
 
@@ -74,9 +76,9 @@ def backward(
     chunk_size = (chunk_rows or _default_rows(hidden, weight)) * vocabulary
     for columns in _slices(vocabulary, max(1, chunk_size // max(1, rows))):
         part = weight[columns].to(hidden.dtype)
-        logits = _logits(hidden, part, None if bias is None else bias[columns], logit_scale, softcap)
-        slope = _softcap_slope(logits, softcap)
-        grad_logits = _subtract_one_hot(logits.sub_(normaliser).exp_(), targets - columns.start).mul_(coefficient)
+        grad_logits = _logits(hidden, part, None if bias is None else bias[columns], logit_scale, softcap)
+        slope = _softcap_slope(grad_logits, softcap)
+        _subtract_one_hot(grad_logits.sub_(normaliser).exp_(), targets - columns.start).mul_(coefficient)
         if slope is not None:
             grad_logits.mul_(slope)
         if needs[2]:
@@ -86,6 +88,7 @@ def backward(
             _add_product(grad_hidden, grad_logits, part)
         if needs[1]:
             _add_product(grad_weight[columns], grad_logits.T, hidden)
+        del grad_logits, slope
     return grad_hidden.to(hidden.dtype) if needs[0] else None, grad_weight, grad_bias
 
 
@@ -110,14 +113,14 @@ def head_statistics(
         target_logits = logits.gather(1, columns[rows, None]).squeeze(1)
         slope = _softcap_slope(logits, softcap)
         top, total = _exponentiate(logits)
-        probabilities = logits.div_(total[:, None])
         loss[rows] = top + total.log() - target_logits
-        entropy[rows] = torch.special.entr(probabilities).sum(1)
-        grad_logits = _subtract_one_hot(probabilities, columns[rows])
+        entropy[rows] = torch.special.entr(logits.div_(total[:, None])).sum(1)
+        _subtract_one_hot(logits, columns[rows])
         if slope is not None:
-            grad_logits.mul_(slope)
-        grad_hidden = grad_logits.to(hidden.dtype) @ weight
+            logits.mul_(slope)
+        grad_hidden = logits.to(hidden.dtype) @ weight
         norm[rows] = abs(logit_scale) * torch.linalg.vector_norm(grad_hidden, dim=1, dtype=norm.dtype)
+        del logits, slope
     return loss.masked_fill_(ignored, 0.0), entropy, norm.masked_fill_(ignored, 0.0)
 
 

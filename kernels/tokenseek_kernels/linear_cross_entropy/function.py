@@ -191,7 +191,7 @@ def head_statistics(
 
 
 def _to_autocast_dtype(hidden: Tensor) -> Tensor:
-    """Only hidden is cast here: the operators bring the weight to its dtype chunk by chunk and keep no copy of it."""
+    """Only hidden is cast here: the operators cast the weight themselves, and backward keeps no copy of it."""
     device = hidden.device.type
     if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return hidden

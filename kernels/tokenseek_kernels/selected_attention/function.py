@@ -22,7 +22,9 @@ def _forward_op(
     window: int | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return blocked.selected_attention_forward(query, key, value, rows, segments, scale, softcap, window, sinks)
+    # the op keeps its sums in float32 itself; autocast would round them on the way
+    with torch.autocast(query.device.type, enabled=False):
+        return blocked.selected_attention_forward(query, key, value, rows, segments, scale, softcap, window, sinks)
 
 
 @_forward_op.register_fake
@@ -48,9 +50,10 @@ def _backward_op(
     window: int | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return blocked.selected_attention_backward(
-        grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks
-    )
+    with torch.autocast(query.device.type, enabled=False):
+        return blocked.selected_attention_backward(
+            grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks
+        )
 
 
 @_backward_op.register_fake

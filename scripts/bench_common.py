@@ -1,0 +1,167 @@
+"""What the benchmarks share: environment, results that survive an interruption, tables with spread, bars.
+
+Importing it puts the repository's root on the path, so that a script finds `recipes`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+EVIDENCE = ROOT / "docs" / "evidence"
+MIB, GIB = 2**20, 2**30
+# What a figure depends on; results and documents may change while a benchmark runs.
+CODE = ("hf_tokenseek", "kernels", "recipes", "scripts")
+
+sys.path.insert(0, str(ROOT))
+
+
+class Spread(NamedTuple):
+    """Median and range of repeated measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        values = list(values)
+        return cls(statistics.median(values), min(values), max(values))
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} ({self.low:{spec}}..{self.high:{spec}})"
+
+
+class Bar(NamedTuple):
+    """A promise of the project: `value` must not be above `limit`."""
+
+    promise: str
+    value: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.limit
+
+    def __str__(self) -> str:
+        return f"{'PASS' if self.passed else 'FAIL'}  {self.promise} <= {self.limit:g}: {self.value:.4f}"
+
+
+class Results:
+    """
+    Figures by cell, on disk after every cell. Figures of another environment or other settings are dropped.
+
+    Args:
+        path (`Path`): JSON file to write.
+        key (`dict`): environment and settings; cells of a file with the same key are kept.
+        fresh (`bool`, *optional*, defaults to `False`): start over in any case.
+
+    Attributes:
+        cells (`dict[str, Any]`): what is known so far.
+    """
+
+    def __init__(self, path: Path, key: dict[str, Any], fresh: bool = False):
+        self.path, self.key, self.cells = path, key, {}
+        if path.exists() and not fresh:
+            stored = json.loads(path.read_text())
+            if stored["key"] == key:
+                self.cells = stored["cells"]
+            else:
+                print(f"{path} holds figures of another environment or other settings: starting over")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.cells
+
+    def __setitem__(self, name: str, figures: Any) -> None:
+        self.cells[name] = figures
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # written beside its place and renamed, so that an interruption leaves no half file
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text(json.dumps({"key": self.key, "cells": self.cells}, indent=1) + "\n")
+        os.replace(scratch, self.path)
+
+    def publish(self, report: str) -> None:
+        """Prints the report and writes it beside the figures."""
+        print(report)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.with_suffix(".md").write_text(report + "\n")
+        print(f"\nwritten: {self.path} and .md")
+
+
+def environment() -> dict[str, str | int]:
+    """What the figures depend on; `commit` ends in `-dirty` where the code is not what was committed."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "hf_tokenseek": _version("hf_tokenseek"),
+        "commit": _commit(),
+    }
+
+
+def in_one_line(key: dict[str, Any]) -> str:
+    """`name value` of everything in it."""
+    return ", ".join(f"{name} {value}" for name, value in key.items())
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table, names on the left, figures aligned on the right."""
+    rules = ["---", *("---:" for _ in header[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rules, *rows))
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every benchmark has."""
+    parser.add_argument("--output", type=Path, help="JSON file; the table goes beside it as .md")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--bars", action="store_true", help="check the project's bars: PASS or FAIL with the figure")
+    parser.add_argument("--strict", action="store_true", help="with --bars: exit status 1 if one fails")
+
+
+def judge(bars: Sequence[Bar]) -> str:
+    """One line a bar."""
+    return "\n".join(map(str, bars)) or "no bar applies to what was measured"
+
+
+def exit_status(bars: Sequence[Bar], strict: bool) -> int:
+    """1 if a bar failed and `strict` asks for it."""
+    return int(strict and not all(bar.passed for bar in bars))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _commit() -> str:
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", *CODE)
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

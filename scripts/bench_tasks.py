@@ -1,0 +1,64 @@
+"""The data of the fidelity and quality benches: three tasks, from prompts with short answers to labels everywhere."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from recipes.data import encode
+from recipes.python_docstrings import module_splits, python_docstrings, read_source, standard_library, top_level
+from transformers import PreTrainedTokenizerBase
+
+Encoded = list[dict[str, list[int]]]
+WORDNET_NOUNS = Path("/usr/share/wordnet/data.noun")
+
+
+def docstrings(tokenizer: PreTrainedTokenizerBase, split: str, max_length: int) -> Encoded:
+    """Long prompt, short answer: a function's source, and the first sentence of its docstring (about 5 % labels)."""
+    records = python_docstrings(split)
+    return [encode(record, tokenizer, max_length) for record in records]
+
+
+def long_prompts(tokenizer: PreTrainedTokenizerBase, split: str, max_length: int) -> Encoded:
+    """The docstring task, sequences of exactly `max_length` tokens only (longer ones lose their left end)."""
+    encoded = [encode(record, tokenizer, max_length) for record in python_docstrings(split, max_characters=20_000)]
+    return [item for item in encoded if len(item["input_ids"]) == max_length]
+
+
+def source_text(tokenizer: PreTrainedTokenizerBase, split: str, max_length: int) -> Encoded:
+    """Labels everywhere: the standard library's files as plain text, cut into sequences of `max_length` tokens."""
+    splits, sequences = module_splits(), []
+    for module, path in standard_library():
+        if splits.get(top_level(module)) != split:
+            continue
+        ids = tokenizer(read_source(path)[:40_000], add_special_tokens=False)["input_ids"]
+        # two sequences a file at most, so that no file outweighs the others
+        for start in range(0, min(len(ids), 2 * max_length) - max_length + 1, max_length):
+            piece = ids[start : start + max_length]
+            sequences.append({"input_ids": piece, "labels": list(piece)})
+    random.Random(0).shuffle(sequences)
+    return sequences
+
+
+def glosses(tokenizer: PreTrainedTokenizerBase, split: str, max_length: int) -> Encoded:
+    """Short prompt, short answer: define a noun of WordNet 3.0 (Debian package `wordnet-base`)."""
+    if not WORDNET_NOUNS.is_file():
+        raise FileNotFoundError(f"{WORDNET_NOUNS} is missing. Install WordNet: apt-get install wordnet-base.")
+    records = []
+    for line in WORDNET_NOUNS.read_text(encoding="utf-8").splitlines():
+        if line.startswith("  "):
+            continue  # the licence
+        fields, _, gloss = line.partition(" | ")
+        word, definition = fields.split()[4].replace("_", " "), gloss.partition(";")[0].strip()
+        if len(definition.split()) >= 4:
+            records.append({"prompt": f"Define the noun {word}.", "completion": definition})
+    random.Random(0).shuffle(records)
+    start = {"test": 0, "validation": 500, "train": 1000}[split]
+    stop = None if split == "train" else start + 500
+    return [encode(record, tokenizer, max_length) for record in records[start:stop][:2000]]
+
+
+TASKS: dict[str, Callable[[PreTrainedTokenizerBase, str, int], Encoded]] = {
+    "docstrings": docstrings,
+    "source-text": source_text,
+    "glosses": glosses,
+}
