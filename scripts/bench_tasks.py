@@ -4,9 +4,10 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from recipes.data import encode
 from recipes.python_docstrings import module_splits, python_docstrings, read_source, standard_library, top_level
-from transformers import PreTrainedTokenizerBase
 
 Encoded = list[dict[str, list[int]]]
 WORDNET_NOUNS = Path("/usr/share/wordnet/data.noun")

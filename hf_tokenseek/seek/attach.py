@@ -11,7 +11,7 @@ from ..patching import PatchedForward, find_causal_lm
 from .attention import register_attention
 from .batch import Batch, Sizes, prepare
 from .config import SeekConfig
-from .cost import Cost
+from .cost import Cost, is_checkpointed
 from .metrics import SeekMetrics, Trained
 from .passes import Decoder, hold
 from .probe import compare_gradients
@@ -157,7 +157,7 @@ class SeekHandle:
         hidden = self.decoder.ditch(batch, scouted, selection)
         losses, index = self.decoder.losses(hidden, selection.targets, sum(batch.sizes.loss))
         loss = (losses * selection.weights.flatten().index_select(0, index)).sum()
-        if getattr(self.model, "is_gradient_checkpointing", False):
+        if is_checkpointed(self.model):
             loss = hold(loss, scouted)
         return Trained(loss, selection, mass=found.mass, kept_bytes=scouted.nbytes)
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tokenseek_kernels import attention_mass, causal_attention, selected_attention
 
+from ..families import WINDOW_FROM_CONFIG
+
 
 class ScoutState:
     """
@@ -84,18 +86,28 @@ def _attention(original: str):
         if seek is None:
             plain = _original_attention(module, original)
             return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        if not getattr(module, "is_causal", True):
+            raise ValueError(f"{type(module).__name__} is not causal: TokenSeek selects rows of causal attention only.")
         if kwargs.get("position_bias") is not None:
             raise ValueError(f"{type(module).__name__} adds a position bias to attention, which TokenSeek cannot select.")
         query, key, value = _autocast(query, key, value)
         rule = {
             "scale": scaling,
             "softcap": kwargs.get("softcap"),
-            "window": kwargs.get("sliding_window"),
+            "window": _window(module, kwargs),
             "sinks": kwargs.get("s_aux"),
         }
         return seek.attend(module, query, key, value, **rule), None
 
     return tokenseek_attention
+
+
+def _window(module, kwargs: dict) -> int | None:
+    if "sliding_window" in kwargs:
+        return kwargs["sliding_window"]
+    # some families put the window into the mask only; the layer, or the config, knows it
+    config = module.config if getattr(module.config, "model_type", None) in WINDOW_FROM_CONFIG else None
+    return getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -36,11 +36,11 @@ class Sizes:
     def plan(cls, real: list[int], labelled: list[int], simple: bool, config: SeekConfig) -> "Sizes":
         """Applies the shares of `config` to the counted tokens."""
         if config.ratio is not None:
-            budget = [math.ceil(config.ratio * r) for r in real]
+            budget = [_share(config.ratio, r) for r in real]
             loss = [min(b, n) for b, n in zip(budget, labelled, strict=True)]
             return cls(real, labelled, simple, loss, [b - n for b, n in zip(budget, loss, strict=True)])
-        loss = [math.ceil(config.labelled * n) for n in labelled]
-        evidence = [math.ceil(config.context * (r - n)) for r, n in zip(real, loss, strict=True)]
+        loss = [_share(config.labelled, n) for n in labelled]
+        evidence = [_share(config.context, r - n) for r, n in zip(real, loss, strict=True)]
         return cls(real, labelled, simple, loss, evidence)
 
     @property
@@ -104,7 +104,7 @@ def prepare(
         sizes ([`Sizes`], *optional*): planned beforehand, e.g. under fake tensors.
 
     Raises:
-        ValueError: the mask is not 2-D, or shapes do not fit.
+        ValueError: the mask is not 2-D, shapes do not fit, or `cu_seq_lens` come with several sequences.
     """
     batch, n = tokens.shape[:2]
     if labels.shape != (batch, n):
@@ -113,6 +113,11 @@ def prepare(
         raise ValueError(
             f"TokenSeek reads a 2-D attention mask of shape {(batch, n)}, got {tuple(attention_mask.shape)}. "
             "Pass the padding mask; causal, windowed and packed masks follow from positions."
+        )
+    if cu_seq_lens is not None and batch > 1:
+        raise ValueError(
+            f"`cu_seq_lens_q` limits the documents of one packed sequence, got it with a batch of {batch}. Flatten the "
+            "batch to one sequence, or mark documents by position_ids."
         )
     segments = _segments(batch, n, tokens.device, attention_mask, position_ids, cu_seq_lens)
     if position_ids is None:
@@ -125,6 +130,11 @@ def prepare(
         real, labelled, simple = zip(*counts, strict=True)
         sizes = Sizes.plan(list(real), list(labelled), all(simple), config)
     return Batch(tokens, position_ids.expand(batch, n), segments, targets, sizes)
+
+
+def _share(share: float, count: int) -> int:
+    """So many of `count`, rounded up. 0.07 of 100 are 7, although their product as floats is a little more."""
+    return math.ceil(share * count * (1 - 1e-12))
 
 
 def _segments(batch, n, device, attention_mask, position_ids, cu_seq_lens) -> Tensor:

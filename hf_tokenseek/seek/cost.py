@@ -25,8 +25,7 @@ class Cost:
         """Reads what is trained, and whether it is checkpointed, off the model."""
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        checkpointed = bool(getattr(model, "is_gradient_checkpointing", False))
-        return cls(2.0 + trained / max(1, total) + checkpointed)
+        return cls(2.0 + trained / max(1, total) + is_checkpointed(model))
 
     @property
     def break_even(self) -> float:
@@ -36,3 +35,8 @@ class Cost:
     def seek(self, share: float) -> float:
         """Cost in forwards of scouting and of training the share `share` of all rows."""
         return 1 + share * self.plain
+
+
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on; layers and old-style decoders carry the same flag."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from tokenseek_kernels import HeadStatistics, head_statistics, linear_cross_entropy
 
+from ..families import BEFORE_HEAD, LOGITS_MULTIPLIED
 from .attention import DitchState, ScoutState
 from .batch import IGNORE, Batch
 from .scores import Score, Scouted
@@ -24,12 +25,16 @@ class Decoder:
     def __init__(self, model: nn.Module):
         self.model, self.backbone = model, model.base_model
         config = model.config.get_text_config()
-        # granite divides the logits, cohere multiplies them, gemma caps them
-        divisor = getattr(config, "logits_scaling", None) or 1.0
+        # granite divides the logits, cohere and hyperclovax multiply them, gemma caps them
+        scaling = getattr(config, "logits_scaling", None) or 1.0
+        if config.model_type not in LOGITS_MULTIPLIED:
+            scaling = 1 / scaling
         self.head_rule = {
-            "logit_scale": (getattr(config, "logit_scale", None) or 1.0) / divisor,
+            "logit_scale": (getattr(config, "logit_scale", None) or 1.0) * scaling,
             "softcap": getattr(config, "final_logit_softcapping", None),
         }
+        before_head = BEFORE_HEAD.get(config.model_type)
+        self.before_head = getattr(model, before_head) if before_head else nn.Identity()
         self.layers = _decoder_layers(self.backbone, config.num_hidden_layers)
         self.heads = config.num_attention_heads
 
@@ -61,11 +66,12 @@ class Decoder:
             tokens = batch.tokens.gather(1, index[:, :, None].expand(-1, -1, batch.tokens.shape[2]))
         else:
             tokens = batch.tokens.gather(1, index)
-        return self._run(tokens, batch.positions.gather(1, index), state)
+        with _scouted_frequencies(self.backbone):
+            return self._run(tokens, batch.positions.gather(1, index), state)
 
     def plain(self, inputs: dict) -> Tensor:
         """Runs all rows with gradient, as without TokenSeek; hidden states of shape `(batch, n, hidden)`."""
-        return self.backbone(**inputs, use_cache=False)[0]
+        return self.before_head(self.backbone(**inputs, use_cache=False)[0])
 
     def losses(self, hidden: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """
@@ -96,7 +102,7 @@ class Decoder:
         no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
         name = "inputs_embeds" if tokens.dim() == 3 else "input_ids"
         inputs = {name: tokens, "position_ids": positions, "attention_mask": no_mask}
-        return self.backbone(**inputs, use_cache=False, seek=state)[0]
+        return self.before_head(self.backbone(**inputs, use_cache=False, seek=state)[0])
 
     def _head_statistics(self, hidden: Tensor, batch: Batch) -> HeadStatistics:
         weight, bias = self._head()
@@ -141,6 +147,23 @@ def _evaluating(model: nn.Module):
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _scouted_frequencies(backbone: nn.Module):
+    """
+    Rotary frequencies stay those of the scouting pass.
+
+    Dynamic and LongRoPE embeddings choose them by the largest position they see, and the selected rows may not hold it.
+    """
+    rotary = {m: m.rope_type for m in backbone.modules() if isinstance(getattr(m, "rope_type", None), (str, dict))}
+    for module, kind in rotary.items():
+        module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
+    try:
+        yield
+    finally:
+        for module, kind in rotary.items():
+            module.rope_type = kind
 
 
 class _Hold(torch.autograd.Function):

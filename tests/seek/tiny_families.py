@@ -18,11 +18,12 @@ _SMALL = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
     **dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "num_dense_layers"), 1),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim", "rotary_dim", "hidden_size_per_layer_input"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "rotary_dim", "hidden_size_per_layer_input"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     "num_key_value_heads": 2,
     "head_dim": 16,
+    "v_head_dim": 12,
     "sliding_window": WINDOW,
     "use_sliding_window": True,
     "word_embed_proj_dim": 32,
@@ -40,15 +41,25 @@ _NOISE = (
     "attention_probs_dropout_prob", "hidden_dropout_prob", "activation_dropout", "router_jitter_noise",
     "input_jitter_noise", "residual_dropout", "embedding_dropout",
 )  # fmt: skip
+_SHARED_KEYS = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32}
 # What a single family needs on top.
-_OWN: dict[str, dict] = {}
+_OWN: dict[str, dict] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": None, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 2.0}, "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_top_k": 2}},
+    "gemma3n_text": {**_SHARED_KEYS, "activation_sparsity_pattern": [0.95, 0.0] * 2, "laurel_rank": 8},
+    "gemma4_text": {**_SHARED_KEYS, **_EXPERTS, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32, "enable_moe_block": True, "top_k_experts": 2},
+    "gemma4_unified_text": {**_SHARED_KEYS, **_EXPERTS, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32},
+    "minicpm3": {"dim_model_base": 32},
+    "phi": {"qk_layernorm": True},
+}
 
 
 def tiny_config(family: str):
     """A config of `family` with two tiny layers, or as many as it has kinds of layers."""
     config_class = CONFIG_MAPPING[family]
     defaults = config_class()
-    values = {name: value for name, value in _SMALL.items() if hasattr(defaults, name)}
+    values = {name: value for name, value in _SMALL.items() if _settable(defaults, name)}
     values |= {name: 0.0 for name in _NOISE if isinstance(getattr(defaults, name, None), float)}
     if hasattr(defaults, "kv_lora_rank"):
         # latent attention has a key and value for every head
@@ -58,6 +69,13 @@ def tiny_config(family: str):
         values["layer_types"] = ["sliding_attention", "full_attention"]
     values |= _OWN.get(family, {})
     return config_class(**values)
+
+
+def _settable(config, name: str) -> bool:
+    found = getattr(type(config), name, None)
+    if isinstance(found, property) and found.fset is None:
+        return False
+    return name in config.attribute_map or name in config.to_dict()
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32):

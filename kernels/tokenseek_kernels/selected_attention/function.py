@@ -76,7 +76,8 @@ def overlay_(states: Tensor, fresh: Tensor, rows: Tensor) -> None:
     last = (rows >= 0).sum(1, keepdim=True).sub(1).clamp(min=0)
     slot = torch.minimum(torch.arange(rows.shape[1], device=rows.device), last)
     index = rows.gather(1, slot).clamp(min=0)[:, None, :, None].expand_as(fresh)
-    states.scatter_(2, index, fresh.gather(2, slot[:, None, :, None].expand_as(fresh)).to(states.dtype))
+    # layers may share their keys and values: writing the same rows again changes nothing, so the version stays (`.data`)
+    states.data.scatter_(2, index, fresh.gather(2, slot[:, None, :, None].expand_as(fresh)).to(states.dtype))
 
 
 class _SelectedAttention(torch.autograd.Function):
@@ -152,7 +153,7 @@ def selected_attention(
     Raises:
         ValueError: shapes do not fit together, `key` or `value` ask for a gradient, or `impl` is unknown.
     """
-    _check(query, fresh_key, key, value, rows, segments)
+    _check(query, fresh_key, fresh_value, key, value, rows, segments)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     call = _SelectedAttention.apply
     if resolve_impl(impl, query) == "reference":
@@ -160,16 +161,21 @@ def selected_attention(
     return call(query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, sinks)
 
 
-def _check(query, fresh_key, key, value, rows, segments):
+def _check(query, fresh_key, fresh_value, key, value, rows, segments):
     if key.requires_grad or value.requires_grad:
-        raise ValueError("scouted `key` and `value` must not require grad: scout under torch.no_grad() or detach them.")
+        raise ValueError(
+            "scouted `key` and `value` must not require grad: scout under torch.no_grad() or detach them."
+        )
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"query heads ({query.shape[1]}) must be a multiple of key/value heads ({key.shape[1]}).")
-    if rows.shape != (query.shape[0], query.shape[2]) or fresh_key.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"`rows` {tuple(rows.shape)} must be (batch, rows) of query {tuple(query.shape)} and fresh_key "
-            f"{tuple(fresh_key.shape)}."
-        )
+    if rows.shape != (query.shape[0], query.shape[2]):
+        raise ValueError(f"`rows` {tuple(rows.shape)} must be (batch, rows) of query {tuple(query.shape)}.")
+    for name, fresh, states in (("key", fresh_key, key), ("value", fresh_value, value)):
+        if fresh.shape != (*states.shape[:2], rows.shape[1], states.shape[3]):
+            raise ValueError(
+                f"`fresh_{name}` {tuple(fresh.shape)} must have the shape of `{name}` {tuple(states.shape)} with "
+                f"{rows.shape[1]} rows in place of {states.shape[2]}."
+            )
     if segments is not None and segments.shape != (key.shape[0], key.shape[2]):
         raise ValueError(f"`segments` {tuple(segments.shape)} must be (batch, keys) of key {tuple(key.shape)}.")
 
@@ -196,6 +202,14 @@ def causal_attention(query, key, value, segments=None, *, scale=None, softcap=No
         keys = slice(0, block.stop)
         part = None if segments is None else segments[:, keys]
         output[:, block] = _forward_op(
-            query[:, :, block], key[:, :, keys], value[:, :, keys], index[:, block], part, scale, softcap, window, sinks
+            query[:, :, block],
+            key[:, :, keys],
+            value[:, :, keys],
+            index[:, block],
+            part,
+            scale,
+            softcap,
+            window,
+            sinks,
         )[0]
     return output
