@@ -2,7 +2,6 @@
 
 from torch import nn
 
-
 # Verified by tests/seek/test_families.py: scouting and ditching reproduce the plain model, gradients the reference.
 SUPPORTED = (
     "afmoe", "apertus", "arcee", "aria_text", "axk1", "beam", "biogpt", "bitnet", "cohere", "cohere2", "cohere2_moe",
@@ -54,18 +53,20 @@ _REASONS = {
 # Why a family is refused, by family.
 REFUSED = {family: reason for reason, families in _REASONS.items() for family in families}
 
-# Options of a config under which a supported family is another model: the value that works, and why the others do not.
+# Options of a config under which a supported family is another model, and why; values that are harmless all the same.
 REFUSED_OPTIONS = {
-    "output_router_logits": (False, "the router's auxiliary loss would see a subset of the tokens"),
-    "use_bidirectional_attention": (None, "attention is not causal"),
-    "add_cross_attention": (False, "cross-attention is not selected"),
+    "output_router_logits": ("the router's auxiliary loss would see a subset of the tokens", ()),
+    # "vision": causal as long as there are only tokens
+    "use_bidirectional_attention": ("attention is not causal", ("vision",)),
+    "add_cross_attention": ("cross-attention is not selected", ()),
 }
 
 # Families that count positions by the attention mask instead of by index.
-POSITIONS_FROM_MASK = ("biogpt", "opt")
+POSITIONS_FROM_MASK = ("opt",)
 
-# Families that separate packed documents by no rule of their own: TokenSeek keeps them apart, the plain model does not.
-UNPACKED = ()
+# Families that do not read document limits off `position_ids`: under eager and sdpa attention the plain model mixes packed
+# documents. TokenSeek keeps them apart, as flash attention does.
+MIXES_PACKED = ("afmoe", "biogpt", "gpt_oss", "opt")
 
 # Families whose window stands in the config and in the mask, but not in the call of the attention function.
 WINDOW_FROM_CONFIG = ("phimoe",)
@@ -96,9 +97,10 @@ def check_family(model: nn.Module) -> None:
             f"TokenSeek trains causal language models, got {type(model).__name__}. Use AutoModelForCausalLM, or turn "
             "TokenSeek off with seek=None."
         )
-    for option, (allowed, why) in REFUSED_OPTIONS.items():
-        if getattr(config, option, None):
+    for option, (why, harmless) in REFUSED_OPTIONS.items():
+        value = getattr(config, option, None)
+        if value and value not in harmless:
             raise ValueError(
-                f"TokenSeek does not support {option}={getattr(config, option)!r}: {why}. Set model.config.{option} = "
-                f"{allowed}, or turn TokenSeek off with seek=None."
+                f"TokenSeek does not support {option}={value!r}: {why}. Set model.config.{option} = False, or turn "
+                "TokenSeek off with seek=None."
             )

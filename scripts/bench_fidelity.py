@@ -163,10 +163,7 @@ def fill(model: nn.Module, tokenizer, data: str, args: argparse.Namespace) -> No
     settings = {name: getattr(args, name) for name in ("tokens", "batch", "batches", "disjoint", "lora")}
     suffix = f"{data}-{args.tokens}{'-lora' if args.lora else ''}"
     results = Results(EVIDENCE / f"fidelity-{suffix}.json", {"data": data, **settings})
-    names = {
-        f"{score} {next(iter(shares))}={next(iter(shares.values()))}": (score, shares)
-        for score, shares in configurations
-    }
+    names = {f"{score} {name}={share}": (score, {name: share}) for score, name, share in configurations}
     if any(name not in results for name in names):
         collate = PadCollator(tokenizer.pad_token_id)
         sequences = load(tokenizer, "train", args.tokens)

@@ -9,8 +9,8 @@ Memory of one training step (forward and backward) of Llama-3.2-1B in bf16, by f
 import argparse
 import gc
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import bench_rows as ways
 import torch
@@ -27,15 +27,12 @@ from bench_common import (
     judge,
     markdown_table,
 )
+from bench_fake import LiveMemoryInside, fake_tensors
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_tokenseek import SeekConfig
-from hf_tokenseek.memory import LiveMemory, SavedActivations
-from tokenseek_kernels.attention_mass import function as mass
-from tokenseek_kernels.linear_cross_entropy import function as loss
+from hf_tokenseek.memory import SavedActivations
 from tokenseek_kernels.scores import WORKSPACE_MIB
-from tokenseek_kernels.selected_attention import function as attention
 
 LLAMA_1B = {
     "vocab_size": 128256,
@@ -57,9 +54,6 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-OPERATORS = (mass._mass_op, loss._forward, loss._backward, attention._forward_op, attention._backward_op)
-BODIES = {operator._opoverload: operator._init_fn for operator in OPERATORS}
-
 HEADER = (
     "row",
     "k/n",
@@ -71,55 +65,14 @@ HEADER = (
     "x plain",
     "inside [MiB]",
 )
-NOTES = f"""Saved: what autograd holds at the end of forward. Limit of a seek row: k/n of what its like with chunked loss
-and all rows saves, plus the scouted keys and values of all tokens. Alive: everything forward has left behind, whoever
-holds it. Peak: of forward and backward above the parameters, temporaries inside TokenSeek's operators and the gradients
-themselves included; sizes rounded up to 512 bytes as the CUDA allocator does. Inside: the most that one TokenSeek
-operator took for its temporaries; meant to be bounded by {WORKSPACE_MIB} MiB of workspace. Not modelled: fragmentation,
-what torch's own kernels take inside one call, the optimizer."""
+NOTES = """Saved: what autograd holds at the end of forward. Limit of a seek row: k/n of what its like with chunked
+loss and all rows saves, plus the scouted keys and values of all tokens. Alive: everything forward has left behind,
+whoever holds it. Peak: of forward and backward above the parameters, temporaries inside TokenSeek's operators and
+the gradients themselves ({gradients:.3f} GiB, which no way saves) included; sizes rounded up to 512 bytes as the
+CUDA allocator does. Inside: the most that one TokenSeek operator took for temporaries: a block of {workspace} MiB,
+its low-precision original, and float32 copies of what it reads. Not modelled: fragmentation, what torch's own
+kernels take inside one call, the optimizer."""
 BARS_AT = "1 x 2048"
-
-
-class LiveMemoryInside(LiveMemory):
-    """
-    [`LiveMemory`] that looks into TokenSeek's operators, which are one call each to the plain one.
-
-    Attributes:
-        inside_bytes (`int`): the most that one of them took beyond its results.
-    """
-
-    def __init__(self, *roots):
-        super().__init__(*roots)
-        self.inside_bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        body = BODIES.get(func)
-        if body is None:
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        overall, self._storages.peak_bytes = self.peak_bytes, self.bytes
-        with self:
-            result = body(*args, **(kwargs or {}))
-        self.inside_bytes = max(self.inside_bytes, self.peak_bytes - self.bytes)
-        self._storages.peak_bytes = max(overall, self.peak_bytes)
-        return result
-
-
-@contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Tensors without data inside the block."""
-    from transformers import masking_utils
-
-    # it cannot read fake positions, takes them for packed ones and builds a mask that a real run does without
-    original, masking_utils.find_packed_sequence_indices = masking_utils.find_packed_sequence_indices, _not_packed
-    try:
-        with FakeTensorMode():
-            yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
-
-
-def _not_packed(*args, **kwargs) -> None:
-    return None
 
 
 def build(sizes: dict) -> nn.Module:
@@ -144,7 +97,12 @@ def measure(model: nn.Module, row: ways.Row, ids: Tensor) -> dict[str, int]:
             total = ways.forward_loss(model, row, ids, labels, planned=True)
         figures = {"saved_bytes": saved.bytes, "alive_bytes": live.bytes - live.base_bytes}
         total.backward()
-    return {**figures, "peak_bytes": live.peak_bytes - live.base_bytes, "inside_bytes": live.inside_bytes}
+    return {
+        **figures,
+        "peak_bytes": live.peak_bytes - live.base_bytes,
+        "inside_bytes": live.inside_bytes,
+        "gradient_bytes": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
+    }
 
 
 def measure_rows(sizes: dict, batch: int, n: int, score: str, fake: bool = True) -> dict[str, dict]:
@@ -229,7 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in results:
             results[name] = measure_rows(LLAMA_1B, options.batch, n, options.score)
     found = bars(results.cells) if options.bars else []
-    sections = [f"# Memory of one training step of Llama-3.2-1B in bf16\n\n{in_one_line(key)}\n\n{NOTES}"]
+    gradients = max(row["gradient_bytes"] for rows in results.cells.values() for row in rows.values()) / GIB
+    notes = NOTES.format(gradients=gradients, workspace=WORKSPACE_MIB)
+    sections = [f"# Memory of one training step of Llama-3.2-1B in bf16\n\n{in_one_line(key)}\n\n{notes}"]
     sections += [f"## {name} tokens\n\n{table(results.cells[name])}" for name in names]
     sections += [f"## Bars\n\n```\n{judge(found)}\n```"] if options.bars else []
     results.publish("\n\n".join(sections))

@@ -35,9 +35,10 @@ from tqdm import tqdm
 from hf_tokenseek import SeekConfig
 from hf_tokenseek.memory import SavedActivations
 
-NOTES = """Seconds: median (lowest..highest) of the repeats. Ratio: quotient of the medians (range of the quotients within
-a round). Saved: at the end of forward. bf16 is autocast over fp32 weights. Labels are everywhere unless a row says
-otherwise; the cost of plain training and of checkpointing does not depend on them, so those rows stand for 5 % too."""
+NOTES = """Seconds: median (lowest..highest) of the repeats. Ratio: quotient of the medians (range of the quotients
+within a round). Saved: at the end of forward. bf16 is autocast over fp32 weights. Labels are everywhere unless a
+row says otherwise; the cost of plain training and of checkpointing does not depend on them, so those rows stand
+for 5 % too."""
 HEADER = ("row", "step [s]", "x plain", "x checkpointing", "saved [MiB]", "saved x plain")
 BARS_AT = "fp32, 1 x 1024"
 
@@ -149,32 +150,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None, load: Callable | None = None) -> int:
-    """Measures what is missing, prints and writes the tables; `load` gives another model and tokenizer (tests)."""
+    """Measures what is missing, prints and writes the tables; `load` gives the model and its tokenizer."""
     options = parse(argv)
-    if load is None:
-        from recipes.models import load_smollm2 as load
-    model, tokenizer = load()
-    model.train().config.use_cache = False
-    settings = {"model": model.config.name_or_path and "SmolLM2-135M-Instruct"}
-    key = {**environment(), "repeats": options.repeats, "batch": options.batch, "score": options.score}
-    results = Results(options.output, key, options.fresh)
     rows = (*BASELINES, *seek_rows(options.score))
-    cells = {
-        f"{dtype}, {options.batch} x {tokens}": (dtype, tokens)
-        for dtype in options.dtypes
-        for tokens in options.tokens
-    }
-    missing = [name for name in cells if name not in results.cells]
-    with tqdm(total=len(missing) * len(rows) * (1 + options.repeats), unit="step", file=sys.stderr) as progress:
+    key = {**environment(), "repeats": options.repeats, "score": options.score}
+    results = Results(options.output, key, options.fresh)
+    names = {f"{dtype}, {options.batch} x {n}": (dtype, n) for dtype in options.dtypes for n in options.tokens}
+    missing = [name for name in names if name not in results]
+    if missing:
+        if load is None:
+            from recipes.models import load_smollm2 as load
+        model, tokenizer = load()
+        model.train().config.use_cache = False
+    with tqdm(total=len(missing) * len(rows) * (1 + options.repeats), unit="step") as progress:
         for name in missing:
-            dtype, tokens = cells[name]
             progress.set_description(name)
-            ids = real_text(tokenizer, options.batch, tokens)
+            dtype, n = names[name]
+            ids = real_text(tokenizer, options.batch, n)
             results[name] = measure(model, rows, ids, dtype, options.repeats, progress.update)
     found = bars(results.cells) if options.bars else []
     sections = [f"# One training step of SmolLM2-135M\n\n{in_one_line(key)}\n\n{NOTES}"]
-    sections += [f"## {name}\n\n{table(results.cells[name])}" for name in cells]
-    sections += [f"## Bars\n\n{judge(found)}"] if options.bars else []
+    sections += [f"## {name} tokens\n\n{table(results.cells[name])}" for name in names]
+    sections += [f"## Bars\n\n```\n{judge(found)}\n```"] if options.bars else []
     results.publish("\n\n".join(sections))
     return exit_status(found, options.strict)
 

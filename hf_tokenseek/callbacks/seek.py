@@ -10,7 +10,6 @@ from ..seek import SeekConfig
 from ..seek.attach import SeekHandle
 from .logging import LoggedMetrics
 
-
 logger = logging.get_logger(__name__)
 
 
@@ -37,7 +36,7 @@ class SeekCallback(LoggedMetrics):
         if self.config is None:
             raise ValueError("SeekCallback was told to be off. Leave it out of `callbacks` instead.")
         self.handle: SeekHandle | None = None
-        self._announced = False
+        self._described = False
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
         refuse_arguments(args)
@@ -45,17 +44,17 @@ class SeekCallback(LoggedMetrics):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self._attach(model)
-        self._announced = False
+        self._described = False
         if state.is_local_process_zero:
-            print(self.handle.report(), flush=True)
+            print(self.handle.swapped(), flush=True)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.handle.begin_step(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if not self._announced and state.is_local_process_zero:
-            print(self.handle.report(), flush=True)
-        self._announced = True
+        if not self._described and state.is_local_process_zero:
+            print("TokenSeek's first step:", *self.handle.metrics.describe(), sep="\n", flush=True)
+        self._described = True
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self.handle.pause()
@@ -86,7 +85,7 @@ def refuse_arguments(args: TrainingArguments) -> None:
         ValueError: names the argument, its value and the next step.
     """
     refusals = {
-        "label_smoothing_factor": (args.label_smoothing_factor, "0.0", "its loss takes the labels away from the model"),
+        "label_smoothing_factor": (args.label_smoothing_factor, "0.0", "its loss takes the labels from the model"),
         "torch_compile": (args.torch_compile, "False", "the compiled forward would bypass the selection"),
     }
     for name, (value, allowed, why) in refusals.items():
@@ -94,6 +93,6 @@ def refuse_arguments(args: TrainingArguments) -> None:
             raise ValueError(f"TokenSeek does not support `{name}`={value}: {why}. Set {name}={allowed}.")
     if torch.cuda.is_available() and args.n_gpu > 1:
         raise ValueError(
-            f"TokenSeek does not support torch.nn.DataParallel (n_gpu={args.n_gpu}): start the run with `torchrun`, or "
-            "show it one GPU by CUDA_VISIBLE_DEVICES."
+            f"TokenSeek does not support torch.nn.DataParallel (n_gpu={args.n_gpu}): start the run with `torchrun`, "
+            "or show it one GPU by CUDA_VISIBLE_DEVICES."
         )

@@ -1,4 +1,3 @@
 from .config import SeekConfig
 
-
 __all__ = ["SeekConfig"]

@@ -18,9 +18,9 @@ from .probe import compare_gradients
 from .scores import SCORE_FUNCTIONS
 from .select import Selection, real_rows, select
 
-
 # Arguments of a decoder's forward that TokenSeek reads itself.
-READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "cu_seq_lens_q", "num_items_in_batch")
+PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cu_seq_lens_q")
+READ = (*PER_TOKEN, "labels", "num_items_in_batch")
 # Arguments that say nothing about the loss, or repeat what is read above.
 HARMLESS = ("use_cache", "return_dict", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -107,17 +107,21 @@ class SeekHandle:
         self.metrics.observe(batch, done, cost)
         return CausalLMOutputWithPast(loss=done.loss / self._items(inputs.get("num_items_in_batch"), batch))
 
-    def report(self) -> str:
-        """A table of what was swapped and what the last micro-batch selected."""
+    def swapped(self) -> str:
+        """A table of what was swapped where."""
         config = self.config
         budget = f"ratio={config.ratio}" if config.ratio else f"labelled={config.labelled}, context={config.context}"
-        lines = [
-            f"TokenSeek on {type(self.model).__name__}: {budget}, score={config.score}",
-            f"  attention   {self.original_attention} -> {self.attention}"
-            f" in {len(self.decoder.layers)} layers (attention dropout off, scouting without dropout)",
-            f"  forward     {type(self.model).__name__}.forward of this instance, in training with labels",
-        ]
-        return "\n".join(lines + self.metrics.describe())
+        name = type(self.model).__name__
+        return (
+            f"TokenSeek on {name}: {budget}, score={config.score}\n"
+            f"  attention   {self.original_attention} -> {self.attention} in {len(self.decoder.layers)} layers "
+            "(attention dropout off, scouting without dropout)\n"
+            f"  forward     {name}.forward of this instance, in training with labels"
+        )
+
+    def report(self) -> str:
+        """What was swapped where, and what the last micro-batch selected and cost."""
+        return "\n".join([self.swapped(), *self.metrics.describe()])
 
     def _read(self, inputs: dict, sizes: Sizes | None) -> tuple[Batch, dict]:
         if inputs.get("labels") is None:
@@ -141,8 +145,7 @@ class SeekHandle:
             positions_from_mask=family in POSITIONS_FROM_MASK,
             sizes=sizes,
         )
-        keep = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", *HARMLESS[2:], "cu_seq_lens_q")
-        return batch, {k: inputs[k] for k in keep if inputs.get(k) is not None}
+        return batch, {k: inputs[k] for k in (*PER_TOKEN, *HARMLESS[2:]) if inputs.get(k) is not None}
 
     def _train(self, batch: Batch, plain_inputs: dict, plainly: bool) -> Trained:
         """Forward with gradient of one micro-batch, selected or plain; the loss is a sum."""
@@ -163,7 +166,7 @@ class SeekHandle:
 
     @staticmethod
     def _items(items: Tensor | int | None, batch: Batch) -> Tensor | int:
-        """What the summed loss is divided by: the Trainer's count over the whole step, else this micro-batch's labels."""
+        """What the summed loss is divided by: the Trainer's count over the step, else this micro-batch's labels."""
         if items is None:
             return max(1, sum(batch.sizes.labelled))
         return items.clamp(min=1) if isinstance(items, Tensor) else max(1, items)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .config import SeekConfig
 
-
 IGNORE = -100
 
 
@@ -58,8 +57,8 @@ class Batch:
         tokens (`torch.Tensor`): `input_ids` of shape `(batch, n)`, or `inputs_embeds` of shape `(batch, n, hidden)`.
         positions (`torch.LongTensor` of shape `(batch, n)`): position ids, as the plain model would use them.
         segments (`torch.LongTensor` of shape `(batch, n)`): document number, -1 for padding.
-        targets (`torch.LongTensor` of shape `(batch, n)`): the label that position `i` predicts (`labels[i + 1]`), -100
-            where there is none and on padding.
+        targets (`torch.LongTensor` of shape `(batch, n)`): the label that position `i` predicts (`labels[i + 1]`),
+            -100 where there is none and on padding.
         sizes (`Sizes`): the sizes of the selection.
     """
 
@@ -116,8 +115,8 @@ def prepare(
         )
     if cu_seq_lens is not None and batch > 1:
         raise ValueError(
-            f"`cu_seq_lens_q` limits the documents of one packed sequence, got it with a batch of {batch}. Flatten the "
-            "batch to one sequence, or mark documents by position_ids."
+            f"`cu_seq_lens_q` limits the documents of one packed sequence, got it with a batch of {batch}. Flatten "
+            "the batch to one sequence, or mark documents by position_ids."
         )
     segments = _segments(batch, n, tokens.device, attention_mask, position_ids, cu_seq_lens)
     if position_ids is None:

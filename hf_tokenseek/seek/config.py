@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
-
+from numbers import Integral, Real
 
 SCORES = ("evidence", "context", "gradient", "loss", "entropy", "recent", "random", "hybrid", "paper")
 CONTEXT_BIASES = ("none", "count", "harmonic")
@@ -18,8 +18,8 @@ class SeekConfig:
     By default the selection has two stages, each sequence on its own: every labelled position (*loss rows*), then the
     share `context` of the other positions that the loss rows attend to most (*evidence rows*). `ratio` replaces both
     stages by the paper's single budget. `context=1.0` (with `labelled=1.0`) and `ratio=1.0` equal plain training.
-    Method: [TokenSeek](https://huggingface.co/papers/2601.19739); the two stages and the reuse of the scouting pass are
-    this library's.
+    Method: [TokenSeek](https://huggingface.co/papers/2601.19739); the two stages and the reuse of the scouting pass
+    are this library's.
 
     Args:
         context (`float`, *optional*, defaults to 0.1):
@@ -77,6 +77,14 @@ class SeekConfig:
     seed: int = field(default=0, metadata={"help": "Seed of random scores and of the stochastic top-k."})
 
     def __post_init__(self):
+        for names, kind, word in (
+            (("context", "labelled", "ratio", "alpha", "beta", "temperature"), Real, "number"),
+            (("evidence_queries", "probe_steps", "seed"), Integral, "whole number"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if not isinstance(value, kind) and not (name == "ratio" and value is None):
+                    raise ValueError(f"`{name}` should be a {word}, got {value!r}.")
         for name in ("context", "labelled", "ratio"):
             value, lowest = getattr(self, name), 0.0 if name == "context" else 1e-9
             if value is not None and not lowest <= value <= 1.0:
@@ -93,7 +101,7 @@ class SeekConfig:
         if self.evidence_queries < 1:
             raise ValueError(f"`evidence_queries` should be at least 1, got {self.evidence_queries}.")
         for name in ("temperature", "probe_steps"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` should be 0 (off) or positive, got {getattr(self, name)}.")
 
     @classmethod
@@ -128,4 +136,4 @@ class SeekConfig:
             if unknown:
                 raise ValueError(f"`seek` has unknown fields {unknown}. Allowed: {known}.")
             return cls(**value)
-        raise ValueError(f"`seek` should be a SeekConfig, dict, JSON string, bool or None, got {type(value).__name__}.")
+        raise ValueError(f"`seek` should be a SeekConfig, dict, JSON, bool or None, got {type(value).__name__}.")

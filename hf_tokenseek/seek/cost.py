@@ -29,7 +29,7 @@ class Cost:
 
     @property
     def break_even(self) -> float:
-        """Share of rows at which scouting stops to pay: 2/3, with checkpointing 3/4, with a small adapter about 1/2."""
+        """Share of rows at which scouting stops to pay: 2/3, checkpointed 3/4, with a small adapter about 1/2."""
         return 1 - 1 / self.plain
 
     def seek(self, share: float) -> float:

@@ -45,10 +45,10 @@ class SeekMetrics:
     """
     Collects the selection statistics of micro-batches until [`read`] is called.
 
-    Keys: `seek/selected_share` (selected rows / computed rows without TokenSeek), `seek/labelled_share` (labelled / real
-    positions), `seek/evidence_mass` (share of the attention mass from labelled queries to unlabelled positions that the
-    kept ones hold), `seek/mean_position` (mean relative position of the kept unlabelled rows), `seek/plain_share` (share
-    of micro-batches trained plainly), `seek/gradient_cosine` and `seek/gradient_norm_ratio` (where probed).
+    Keys: `seek/selected_share` (selected rows / rows computed without TokenSeek), `seek/labelled_share` (labelled / real
+    positions), `seek/evidence_mass` (share of the collected attention mass on unlabelled positions that the kept ones
+    hold), `seek/mean_position` (mean relative position of the kept unlabelled rows), `seek/plain_share` (share of
+    micro-batches trained plainly), `seek/gradient_cosine` and `seek/gradient_norm_ratio` (where probed).
     """
 
     def __init__(self):
@@ -95,12 +95,13 @@ class SeekMetrics:
             return []
         sizes, n, cost = self.last.sizes, self.last.n, self.last.cost
         share = sizes.rows / n
+        kept_mib = self.last.kept_bytes / 2**20
         lines = [
             f"  labels      {sum(sizes.labelled) / max(1, sum(sizes.real)):.1%} of {sum(sizes.real)} real tokens",
             f"  rows        k/n = {sizes.rows}/{n} = {share:.1%}",
             f"  cost        {cost.seek(share):.2f} forwards predicted, plain {cost.plain:.2f}"
             f" (breaks even at k/n = {cost.break_even:.0%})",
-            f"  memory      {share:.1%} of the activations + {self.last.kept_bytes / 2**20:.1f} MiB of scouted keys and values",
+            f"  memory      {share:.1%} of the activations + {kept_mib:.1f} MiB of scouted keys and values",
         ]
         if self.last.plainly:
             lines.append("  this micro-batch was trained plainly: so many rows are selected that scouting cannot pay")
@@ -111,9 +112,9 @@ class SeekMetrics:
         if self.total < 10 or self.plain_total <= self.total / 2:
             return None
         return (
-            f"TokenSeek does not fit this data: {self.plain_total} of {self.total} micro-batches have so many labelled "
-            "tokens that they were trained plainly. Use gradient checkpointing, or a smaller `labelled`/`ratio` if you "
-            "accept the approximation."
+            f"TokenSeek does not fit this data: {self.plain_total} of {self.total} micro-batches have so many "
+            "labelled tokens that they were trained plainly. Use gradient checkpointing, or a smaller `labelled` or "
+            "`ratio` if you accept the approximation."
         )
 
     def _add(self, name: str, value: float | Tensor) -> None:

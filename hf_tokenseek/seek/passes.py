@@ -83,8 +83,8 @@ class Decoder:
             count (`int`): how many rows at most have a target; a host number, so that nothing waits for the device.
 
         Returns:
-            `(losses, index)`, both of shape `(count,)`: float32 losses (0 where a target is missing) and the flat index
-            of their rows.
+            `(losses, index)`, both of shape `(count,)`: float32 losses (0 where a target is missing) and the flat
+            index of their rows.
         """
         flat = targets.flatten()
         index = (flat == IGNORE).to(torch.int8).sort(stable=True).indices[:count]
@@ -110,7 +110,7 @@ class Decoder:
         return HeadStatistics(*(part.view(batch.shape) for part in found))
 
     def _last_block_gradient(self, batch: Batch, state: ScoutState) -> Tensor:
-        """Gradient of the labelled losses at the input of the last block: only that block and the head are differentiated."""
+        """Gradient of the losses at the input of the last block: only that block and the head are differentiated."""
         found = {}
 
         def start_here(layer, args, kwargs):
@@ -133,7 +133,7 @@ def _decoder_layers(backbone: nn.Module, count: int) -> nn.ModuleList:
     for module in backbone.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise ValueError(f"{type(backbone).__name__} has no list of {count} decoder layers. TokenSeek does not support it.")
+    raise ValueError(f"{type(backbone).__name__} has no list of {count} decoder layers: not supported.")
 
 
 @contextmanager
@@ -154,7 +154,7 @@ def _scouted_frequencies(backbone: nn.Module):
     """
     Rotary frequencies stay those of the scouting pass.
 
-    Dynamic and LongRoPE embeddings choose them by the largest position they see, and the selected rows may not hold it.
+    Dynamic and LongRoPE embeddings choose them by the largest position they see, which may not be selected.
     """
     rotary = {m: m.rope_type for m in backbone.modules() if isinstance(getattr(m, "rope_type", None), (str, dict))}
     for module, kind in rotary.items():
@@ -181,7 +181,7 @@ def hold(loss: Tensor, scouted: ScoutState) -> Tensor:
     """
     The same loss, with the scouted keys and values as its saved tensors.
 
-    Gradient checkpointing's recompute holds them in a closure that no count of saved tensors sees; saying so here keeps
-    every memory figure honest and costs nothing.
+    Gradient checkpointing's recompute holds them in a closure that no count of saved tensors sees; saying so here
+    keeps every memory figure honest and costs nothing.
     """
     return _Hold.apply(loss, *(tensor for pair in scouted.kept.values() for tensor in pair))

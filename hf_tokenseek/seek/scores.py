@@ -1,4 +1,4 @@
-"""Every score in one interface: what it asks of the scouting pass, and how it turns that into one number a position."""
+"""Every score in one interface: what it asks of the scouting pass, and how that becomes one number a position."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ class Scouted:
     What the scouting pass found.
 
     Args:
-        mass (`torch.FloatTensor` of shape `(batch, n)`, *optional*): attention received, summed over heads (and layers).
-        head (`HeadStatistics`, *optional*): loss, entropy, gradient norm of every position, each of shape `(batch, n)`.
-        block_gradient (`torch.FloatTensor` of shape `(batch, n, hidden)`, *optional*): gradient at the input of the last
-            block.
+        mass (`torch.FloatTensor` of shape `(batch, n)`, *optional*): attention received, over heads (and layers).
+        head (`HeadStatistics`, *optional*): loss, entropy, gradient norm of every position, each `(batch, n)`.
+        block_gradient (`torch.FloatTensor` of shape `(batch, n, hidden)`, *optional*): gradient at the input of the
+            last block.
         heads (`int`): attention heads, to turn a sum over heads into a mean.
     """
 

@@ -1,4 +1,4 @@
-"""From scores to rows: fixed-size, sorted, ties to the lower index, padding never. No `nonzero`, no boolean indexing."""
+"""From scores to rows: fixed-size, sorted, ties to the lower index, padding never; no `nonzero`, no boolean index."""
 
 from dataclasses import dataclass
 
@@ -113,7 +113,8 @@ def _sampling_keys(scores: Tensor, config: SeekConfig, generator: torch.Generato
         return scores, lambda keys, allowed, sizes: None
     # mass, norms, losses and entropies are weights already; the others are on a log scale
     weights = config.score in ("evidence", "context", "gradient", "loss", "entropy")
-    phi = (scores.clamp(min=1e-12).log() if weights else scores) / config.temperature
+    # finite, so that two infinite scores do not leave NaN as their difference
+    phi = ((scores.clamp(min=1e-12).log() if weights else scores) / config.temperature).clamp(-1e30, 1e30)
     uniform = torch.rand(scores.shape, generator=generator).clamp(min=1e-12, max=1 - 1e-7)
     keys = phi - torch.log(-uniform.log()).to(scores.device)
 

@@ -4,7 +4,6 @@ from .attention_mass import attention_mass
 from .linear_cross_entropy import HeadStatistics, head_statistics, linear_cross_entropy
 from .selected_attention import causal_attention, selected_attention
 
-
 __all__ = [
     "HeadStatistics",
     "attention_mass",

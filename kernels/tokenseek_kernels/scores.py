@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import torch
 
-
 # Temporaries of a blocked operation stay below this, whatever the sequence length.
 WORKSPACE_MIB = 64
 

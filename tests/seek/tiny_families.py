@@ -3,7 +3,6 @@
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-
 VOCABULARY = 200
 WINDOW = 16  # shorter than the sequences of the tests, so that it hides something
 
@@ -41,22 +40,53 @@ _NOISE = (
     "attention_probs_dropout_prob", "hidden_dropout_prob", "activation_dropout", "router_jitter_noise",
     "input_jitter_noise", "residual_dropout", "embedding_dropout",
 )  # fmt: skip
-_SHARED_KEYS = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
-_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32}
+# Later layers that attend to the keys and values of earlier ones, and heads of two sizes.
+_GEMMA4 = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+}
 # What a single family needs on top.
 _OWN: dict[str, dict] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": None, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 2.0}, "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_top_k": 2}},
-    "gemma3n_text": {**_SHARED_KEYS, "activation_sparsity_pattern": [0.95, 0.0] * 2, "laurel_rank": 8},
-    "gemma4_text": {**_SHARED_KEYS, **_EXPERTS, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32, "enable_moe_block": True, "top_k_experts": 2},
-    "gemma4_unified_text": {**_SHARED_KEYS, **_EXPERTS, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 2.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_top_k": 2},
+    },
+    "gemma3n_text": {
+        **{name: value for name, value in _GEMMA4.items() if name != "global_head_dim"},
+        "activation_sparsity_pattern": [0.95, 0.0] * 2,
+        "laurel_rank": 8,
+    },
+    "gemma4_text": {
+        **_GEMMA4,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    },
+    "gemma4_unified_text": _GEMMA4,
     "minicpm3": {"dim_model_base": 32},
+    "ministral3": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "llama_4_scaling_beta": 0.5,
+                                       "original_max_position_embeddings": 8}},
     "phi": {"qk_layernorm": True},
 }
+# How many experts a token takes.
+_TAKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
 
-def tiny_config(family: str):
-    """A config of `family` with two tiny layers, or as many as it has kinds of layers."""
+def tiny_config(family: str, every_expert: bool = False):
+    """
+    A config of `family` with two tiny layers, or as many as it has kinds of layers.
+
+    Args:
+        family (`str`): the `model_type`.
+        every_expert (`bool`): a token takes all experts, so that no rounding decides about its route.
+    """
     config_class = CONFIG_MAPPING[family]
     defaults = config_class()
     values = {name: value for name, value in _SMALL.items() if _settable(defaults, name)}
@@ -68,6 +98,10 @@ def tiny_config(family: str):
     if getattr(defaults, "layer_types", None) and "sliding_window" in values:
         values["layer_types"] = ["sliding_attention", "full_attention"]
     values |= _OWN.get(family, {})
+    if every_expert:
+        values |= {name: 4 for name in _TAKEN if name in values}
+        if "ffn_config" in values:
+            values["ffn_config"] = {**values["ffn_config"], "moe_top_k": 4}
     return config_class(**values)
 
 
@@ -78,9 +112,9 @@ def _settable(config, name: str) -> bool:
     return name in config.attribute_map or name in config.to_dict()
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float32):
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, every_expert: bool = False):
     """A tiny random model of `family` in training mode, always the same, with every parameter away from zero and one."""
-    config = tiny_config(family)
+    config = tiny_config(family, every_expert)
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > 5_000_000:

@@ -1,4 +1,3 @@
 from .function import attention_mass
 
-
 __all__ = ["attention_mass"]

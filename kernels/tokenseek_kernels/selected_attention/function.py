@@ -76,7 +76,7 @@ def overlay_(states: Tensor, fresh: Tensor, rows: Tensor) -> None:
     last = (rows >= 0).sum(1, keepdim=True).sub(1).clamp(min=0)
     slot = torch.minimum(torch.arange(rows.shape[1], device=rows.device), last)
     index = rows.gather(1, slot).clamp(min=0)[:, None, :, None].expand_as(fresh)
-    # layers may share their keys and values: writing the same rows again changes nothing, so the version stays (`.data`)
+    # layers may share their keys and values: writing the same rows again changes nothing, so their version stays
     states.data.scatter_(2, index, fresh.gather(2, slot[:, None, :, None].expand_as(fresh)).to(states.dtype))
 
 

@@ -14,8 +14,10 @@ def overlay_reference(states: torch.Tensor, fresh: torch.Tensor, rows: torch.Ten
     return states
 
 
-def selected_attention_reference(query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, sinks):
-    """Same arguments as [`selected_attention`], everything dense and through autograd. Returns `(batch, rows, heads, dim)`."""
+def selected_attention_reference(
+    query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, sinks
+):
+    """As [`selected_attention`], everything dense and through autograd. Returns `(batch, rows, heads, value_dim)`."""
     group = query.shape[1] // key.shape[1]
     key = overlay_reference(key, fresh_key, rows).repeat_interleave(group, 1)
     value = overlay_reference(value, fresh_value, rows).repeat_interleave(group, 1)

@@ -1,0 +1,58 @@
+import pytest
+
+
+@pytest.fixture
+def bench(script):
+    return script("bench_memory")
+
+
+@pytest.fixture
+def ways(script):
+    return script("bench_rows")
+
+
+def test_fake_bytes_are_real_bytes_in_every_row(bench, capsys):
+    assert bench.main(["--check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert all("fake equals real" in line for line in lines)
+
+
+def test_autograd_sees_what_forward_keeps_and_seek_saves_what_its_limit_says(bench, ways):
+    # wide enough that the rounding of small storages does not matter
+    sizes = {**bench.LLAMA_1B, "vocab_size": 2048, "num_hidden_layers": 2}
+    rows = bench.measure_rows(sizes, 1, 1024, "evidence")
+    for row in rows.values():
+        assert row["saved_bytes"] == pytest.approx(row["alive_bytes"], rel=0.01)
+    for name in (ways.SEEK_10, ways.SEEK_10_CHECKPOINTING):
+        assert rows[name]["saved_bytes"] == pytest.approx(rows[name]["limit_bytes"], rel=0.01)
+        assert rows[name]["share"] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_temporaries_inside_an_operator_are_in_the_peak(bench):
+    import torch
+
+    from hf_tokenseek.memory import LiveMemory
+    from tokenseek_kernels import linear_cross_entropy
+
+    arguments = torch.zeros(256, 64), torch.zeros(1000, 64), torch.zeros(256, dtype=torch.long)
+    peaks = []
+    for tracker in (LiveMemory, bench.LiveMemoryInside):
+        with tracker(arguments) as memory:
+            linear_cross_entropy(*arguments)
+        peaks.append(memory.peak_bytes - memory.base_bytes)
+    assert peaks[0] < 2**14
+    assert peaks[1] >= 256 * 1000 * 4
+    assert memory.inside_bytes >= 256 * 1000 * 4
+
+
+def test_bars_and_table(bench, ways):
+    gib = bench.GIB
+    row = {"saved_bytes": gib, "alive_bytes": gib, "peak_bytes": 2 * gib, "inside_bytes": 0, "gradient_bytes": gib}
+    seek = {**row, "saved_bytes": gib // 8, "alive_bytes": gib // 4, "share": 0.1, "limit_bytes": gib // 8}
+    rows = {ways.PLAIN.name: row, ways.SEEK_10: seek, ways.SEEK_10_CHECKPOINTING: seek}
+    found = bench.bars({bench.BARS_AT: rows})
+    assert [bar.value for bar in found] == [0.125, 0.125, 0.5]
+    assert not any(bar.passed for bar in found)
+    assert [bar.value for bar in bench.bars({"1 x 4096": rows})] == [0.5]
+    assert f"| {ways.SEEK_10} | 0.100 | 0.1250 | 0.1250 | 0.1250 | 0.2500 | 2.000 | 1.000 | 0.0 |" in bench.table(rows)

@@ -1,0 +1,97 @@
+import json
+import re
+from dataclasses import asdict, fields
+
+import pytest
+
+from hf_tokenseek.seek import SeekConfig
+from hf_tokenseek.seek.config import CONTEXT_BIASES, GRADIENT_NORMS, MIXES, SCORES
+from hf_tokenseek.seek.scores import SCORE_FUNCTIONS
+
+EVERYTHING = {
+    "context": 0.2,
+    "labelled": 0.5,
+    "ratio": 0.3,
+    "score": "hybrid",
+    "alpha": 0.7,
+    "beta": 0.0,
+    "mix": "zscore",
+    "gradient_norm": "l1",
+    "context_bias": "count",
+    "temperature": 1.0,
+    "evidence_queries": 7,
+    "plain_fallback": False,
+    "probe_steps": 50,
+    "seed": 3,
+}
+
+
+def test_all_ways_of_writing_it_agree():
+    assert set(EVERYTHING) == {field.name for field in fields(SeekConfig)}
+    config = SeekConfig(**EVERYTHING)
+    for written in (config, EVERYTHING, json.dumps(EVERYTHING), asdict(config)):
+        assert SeekConfig.parse(written) == config
+    assert SeekConfig.parse({}) == SeekConfig.parse("{}") == SeekConfig()
+
+
+@pytest.mark.parametrize("word", [True, "true", "True", " on ", "TRUE"])
+def test_words_for_the_defaults(word):
+    assert SeekConfig.parse(word) == SeekConfig()
+
+
+@pytest.mark.parametrize("word", [None, False, "false", "None", "null", "off"])
+def test_words_for_nothing(word):
+    assert SeekConfig.parse(word) is None
+
+
+@pytest.mark.parametrize("value", ["contxt=1", "0.3", "[1]", '"evidence"', "", 0.3, 1, ["evidence"]])
+def test_other_kinds_are_refused(value):
+    with pytest.raises(ValueError, match="`seek` should be .*JSON"):
+        SeekConfig.parse(value)
+
+
+def test_unknown_fields_are_named_beside_the_known():
+    with pytest.raises(ValueError, match=r"unknown fields \['contxt'\].*'context'.*'labelled'"):
+        SeekConfig.parse('{"contxt": 0.2}')
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("context", -0.1, "[0, 1]"),
+        ("context", 1.1, "[0, 1]"),
+        ("context", float("nan"), "[0, 1]"),
+        ("context", None, "a number"),
+        ("context", "0.2", "a number"),
+        ("labelled", 0.0, "(0, 1]"),
+        ("labelled", None, "a number"),
+        ("ratio", 0.0, "(0, 1]"),
+        ("ratio", 10, "(0, 1]"),
+        ("evidence_queries", 12.5, "a whole number"),
+        ("seed", None, "a whole number"),
+        ("score", "evidnce", str(list(SCORES))),
+        ("mix", "mean", str(list(MIXES))),
+        ("gradient_norm", "l3", str(list(GRADIENT_NORMS))),
+        ("context_bias", None, str(list(CONTEXT_BIASES))),
+        ("evidence_queries", 0, "at least 1"),
+        ("temperature", -1.0, "0 (off) or positive"),
+        ("temperature", float("nan"), "0 (off) or positive"),
+        ("probe_steps", -1, "0 (off) or positive"),
+    ],
+)
+def test_errors_say_name_value_and_allowed_set(name, value, allowed):
+    with pytest.raises(ValueError, match=f"`{name}`.*{re.escape(allowed)}.*{re.escape(repr(value))}"):
+        SeekConfig(**{name: value})
+
+
+def test_bounds_are_allowed():
+    for options in ({"context": 0.0}, {"context": 1}, {"labelled": 1e-6}, {"ratio": 1.0}, {"temperature": 0.0}):
+        SeekConfig(**options)
+
+
+def test_every_score_of_the_config_exists():
+    assert tuple(SCORE_FUNCTIONS) == SCORES
+
+
+def test_every_field_has_help():
+    assert all(field.metadata.get("help") for field in fields(SeekConfig))
