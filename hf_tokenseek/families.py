@@ -18,8 +18,8 @@ SUPPORTED = (
 
 _REASONS = {
     "its attention does not go through transformers' attention interface": (
-        "bloom", "codegen", "cpmant", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt", "openai-gpt", "reformer",
-        "xglm", "xlm", "xlnet",
+        "bloom", "codegen", "cpmant", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt", "openai-gpt",
+        "reformer", "xglm", "xlm", "xlnet",
     ),
     "it does not hand keywords down to its attention function": ("nemotron", "stablelm"),
     "its recurrent or convolutional layers carry state from token to token, which a subset of rows cannot reproduce": (
@@ -47,7 +47,6 @@ _REASONS = {
         "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "git", "got_ocr2", "llama4",
         "mllama", "moss_transcribe_diarize", "phi4_multimodal",
     ),
-    "it drafts for another model and reads that one's states": ("gemma4_assistant", "gemma4_unified_assistant"),
 }  # fmt: skip
 
 # Why a family is refused, by family.
@@ -64,8 +63,8 @@ REFUSED_OPTIONS = {
 # Families that count positions by the attention mask instead of by index.
 POSITIONS_FROM_MASK = ("opt",)
 
-# Families that do not read document limits off `position_ids`: under eager and sdpa attention the plain model mixes packed
-# documents. TokenSeek keeps them apart, as flash attention does.
+# Families that do not read document limits off `position_ids`: under eager and sdpa attention the plain model mixes
+# packed documents. TokenSeek keeps them apart, as flash attention does.
 MIXES_PACKED = ("afmoe", "biogpt", "gpt_oss", "opt")
 
 # Families whose window stands in the config and in the mask, but not in the call of the attention function.
@@ -91,7 +90,9 @@ def check_family(model: nn.Module) -> None:
         raise ValueError(f"TokenSeek needs a transformers causal language model, got {type(model).__name__}.")
     if family not in SUPPORTED:
         why = REFUSED.get(family, "it has not been verified against the plain model")
-        raise ValueError(f"TokenSeek does not support model_type {family!r}: {why}. Supported: {', '.join(SUPPORTED)}.")
+        raise ValueError(
+            f"TokenSeek does not support model_type {family!r}: {why}. Supported: {', '.join(SUPPORTED)}."
+        )
     if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         raise ValueError(
             f"TokenSeek trains causal language models, got {type(model).__name__}. Use AutoModelForCausalLM, or turn "

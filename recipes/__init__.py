@@ -1,1 +1,1 @@
-"""Ready-to-run training recipes; run them from the root of the checkout, e.g. `python -m recipes.sft --help`."""
+"""Ready-to-run training recipes: `python recipes/sft.py --help`."""

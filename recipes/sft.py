@@ -1,13 +1,13 @@
 """Supervised fine-tuning with TokenSeek: back-propagate through the answers and what they look at only.
 
-Run from the root of the checkout; options stand in the file, on the command line, or in both (the command line wins):
+Options stand in the file, on the command line, or in both (the command line wins):
 
-    python -m recipes.sft --config recipes/configs/demo_tokenseek.yaml
-    python -m recipes.sft --config recipes/configs/sft_tokenseek.yaml --dataset my_records.jsonl --learning_rate 5e-5
-    python -m recipes.sft --model smollm2 --dataset python-docstrings --output_dir outputs/plain --seek false
-    python -m recipes.sft --config recipes/configs/sft_tokenseek.yaml --use_peft --seek '{"context": 0.2}'
-    accelerate launch -m recipes.sft --config recipes/configs/sft_tokenseek.yaml
-    python -m recipes.sft --help
+    python recipes/sft.py --config recipes/configs/demo_tokenseek.yaml
+    python recipes/sft.py --config recipes/configs/sft_tokenseek.yaml --dataset my_records.jsonl --learning_rate 5e-5
+    python recipes/sft.py --model smollm2 --dataset python-docstrings --output_dir outputs/plain --seek false
+    python recipes/sft.py --config recipes/configs/sft_tokenseek.yaml --use_peft --seek '{"context": 0.2}'
+    accelerate launch recipes/sft.py --config recipes/configs/sft_tokenseek.yaml
+    python recipes/sft.py --help
 
 It evaluates on held-out records before and after the training, and saves model, tokenizer and `trainer_state.json`
 into `output_dir`, from where `AutoModelForCausalLM.from_pretrained` loads them again.
@@ -21,6 +21,9 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+# started as a file, Python looks for modules beside it and not in the root of the checkout
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hf_tokenseek import TokenSeekArguments, TokenSeekTrainer
 from recipes.data import PadCollator, encode
@@ -120,7 +123,7 @@ def _read_config(path: Path, known: set[str]) -> dict[str, Any]:
         raise ValueError(f"The configuration file {str(path)!r} must hold `option: value` pairs.")
     unknown = sorted(options.keys() - known)
     if unknown:
-        raise ValueError(f"{str(path)!r} has unknown options {unknown}. `python -m recipes.sft --help` lists them.")
+        raise ValueError(f"{str(path)!r} has unknown options {unknown}. `python recipes/sft.py --help` lists them.")
     return options
 
 

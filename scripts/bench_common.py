@@ -4,6 +4,7 @@ Importing it puts the repository's root on the path, so that a script finds `rec
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -11,7 +12,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,15 +99,19 @@ class Results:
 
 
 def environment() -> dict[str, str | int]:
-    """What the figures depend on; `commit` ends in `-dirty` where the code is not what was committed."""
+    """What the figures depend on; `commit` says so where the code is not what was committed."""
+    import transformers
+
+    import hf_tokenseek
+
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        "hf_tokenseek": _version("hf_tokenseek"),
+        "transformers": transformers.__version__,
+        "hf_tokenseek": hf_tokenseek.__version__,
         "commit": _commit(),
     }
 
@@ -141,13 +145,6 @@ def exit_status(bars: Sequence[Bar], strict: bool) -> int:
     return int(strict and not all(bar.passed for bar in bars))
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -161,7 +158,8 @@ def _commit() -> str:
         return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", *CODE)
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+        changes = git("diff", "HEAD", "--", *CODE)
+        mark = f"-changed-{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else ""
+        return git("rev-parse", "--short", "HEAD") + mark
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

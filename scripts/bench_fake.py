@@ -17,8 +17,8 @@ BODIES = {operator._opoverload: operator._init_fn for operator in OPERATORS}
 
 class LiveMemoryInside(LiveMemory):
     """
-    [`LiveMemory`] that looks into TokenSeek's operators, which are one call each to the plain one. Layers are alike, so
-    each operator is looked into once for the same shapes.
+    [`LiveMemory`] that looks into TokenSeek's operators, which are one call each to the plain one. Layers are alike,
+    so each operator is looked into once for the same shapes.
 
     Attributes:
         inside_bytes (`int`): the most that one of them took beyond its results.

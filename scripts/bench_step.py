@@ -57,13 +57,13 @@ def real_text(tokenizer, batch: int, tokens: int) -> Tensor:
 
 def forward(model: nn.Module, row: Row, ids: Tensor, dtype: str) -> Tensor:
     """The loss of one micro-batch, under autocast for bf16."""
-    model.zero_grad(set_to_none=True)
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == "bf16"):
         return forward_loss(model, row, ids, label(ids, row.labelled))
 
 
 def count_saved_mib(model: nn.Module, row: Row, ids: Tensor, dtype: str) -> float:
     """What autograd holds at the end of forward; goes through backward as well, to warm everything up."""
+    model.zero_grad(set_to_none=True)
     with prepared(model, row):
         with SavedActivations(model) as saved:
             loss = forward(model, row, ids, dtype)
@@ -74,6 +74,7 @@ def count_saved_mib(model: nn.Module, row: Row, ids: Tensor, dtype: str) -> floa
 
 def step_seconds(model: nn.Module, row: Row, ids: Tensor, dtype: str) -> float:
     """Wall time of one forward and backward."""
+    model.zero_grad(set_to_none=True)
     with prepared(model, row):
         start = time.perf_counter()
         forward(model, row, ids, dtype).backward()

@@ -13,7 +13,6 @@ from hf_tokenseek.patching import attach
 from hf_tokenseek.seek.attention import ScoutState
 from tests.seek.tiny_families import tiny_model
 
-
 PATH = Path(__file__).parents[1] / "docs" / "families.md"
 HEAD = """# Model families
 
@@ -40,8 +39,9 @@ one when it passes the tests: add it to `SUPPORTED` and run them.
 | --- | --- |
 """
 MIXED = """
-Plain {families} do not keep packed documents apart under eager and sdpa attention (they do under flash attention).
-TokenSeek always does.
+Plain {families} mix packed documents under eager and sdpa attention (not under flash
+attention). TokenSeek always keeps them apart. Where layers share K/V, transformers loses gradients under *reentrant*
+gradient checkpointing, with TokenSeek and without: pass `gradient_checkpointing_kwargs={{"use_reentrant": False}}`.
 """
 
 

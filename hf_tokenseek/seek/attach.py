@@ -150,7 +150,11 @@ class SeekHandle:
     def _train(self, batch: Batch, plain_inputs: dict, plainly: bool) -> Trained:
         """Forward with gradient of one micro-batch, selected or plain; the loss is a sum."""
         if plainly:
-            everything = Selection(real_rows(batch), batch.targets, batch.targets.new_ones(batch.shape).float())
+            rows = real_rows(batch)
+            # empty slots behind the real ones, as in every selection
+            order = (rows < 0).to(torch.int8).sort(stable=True).indices
+            weights = torch.ones(batch.shape, device=rows.device)
+            everything = Selection(rows.gather(1, order), batch.targets.gather(1, order), weights)
             losses, _ = self.decoder.losses(self.decoder.plain(plain_inputs), batch.targets, sum(batch.sizes.labelled))
             return Trained(losses.sum(), everything, plainly=True)
         generator = torch.Generator().manual_seed(_seed(self.config.seed, self.step, self.micro_step))

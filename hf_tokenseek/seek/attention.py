@@ -87,9 +87,11 @@ def _attention(original: str):
             plain = _original_attention(module, original)
             return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         if not getattr(module, "is_causal", True):
-            raise ValueError(f"{type(module).__name__} is not causal: TokenSeek selects rows of causal attention only.")
+            raise ValueError(f"{type(module).__name__} is not causal. TokenSeek selects rows of causal attention.")
         if kwargs.get("position_bias") is not None:
-            raise ValueError(f"{type(module).__name__} adds a position bias to attention, which TokenSeek cannot select.")
+            raise ValueError(
+                f"{type(module).__name__} adds a position bias to attention, which TokenSeek cannot select."
+            )
         query, key, value = _autocast(query, key, value)
         rule = {
             "scale": scaling,

@@ -17,12 +17,27 @@ def compare_gradients(model: nn.Module, loss_of: Callable[[bool], Tensor]) -> di
         loss_of (`Callable`): gives the summed loss, plainly if called with `True`.
 
     Returns:
-        `dict`: `gradient_cosine` and `gradient_norm_ratio` (selected / full).
+        `dict`: `gradient_cosine` and `gradient_norm_ratio` (selected / full); empty where either gradient is zero.
+
+    Raises:
+        ValueError: gradient checkpointing is reentrant, which knows no gradients beside `.grad`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    full = torch.autograd.grad(loss_of(True), parameters, allow_unused=True)
-    selected = torch.autograd.grad(loss_of(False), parameters, allow_unused=True)
-    pairs = [(s.double(), f.double()) for s, f in zip(selected, full, strict=True) if s is not None and f is not None]
-    dot = sum(torch.sum(s * f) for s, f in pairs)
-    own, other = (sum(part.square().sum() for part in side).sqrt() for side in zip(*pairs, strict=True))
+    try:
+        full, selected = (torch.autograd.grad(loss_of(p), parameters, allow_unused=True) for p in (True, False))
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ValueError(
+            "`probe_steps` does not work with reentrant gradient checkpointing. Set gradient_checkpointing_kwargs="
+            "{'use_reentrant': False}, or probe_steps=0."
+        ) from error
+    dot, own, other = 0.0, 0.0, 0.0
+    for parameter, *pair in zip(parameters, selected, full, strict=True):
+        # where only one of the two reaches a parameter, the other's gradient is zero
+        s, f = (torch.zeros_like(parameter) if part is None else part.double() for part in pair)
+        dot, own, other = dot + (s * f).sum(), own + s.square().sum(), other + f.square().sum()
+    if not (own > 0 and other > 0):
+        return {}
+    own, other = own.sqrt(), other.sqrt()
     return {"gradient_cosine": float(dot / (own * other)), "gradient_norm_ratio": float(own / other)}

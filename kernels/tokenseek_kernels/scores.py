@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-# Temporaries of a blocked operation stay below this, whatever the sequence length.
+# Temporaries of size rows x keys stay below this at any sequence length; float32 copies of K and V come on top.
 WORKSPACE_MIB = 64
 
 

@@ -23,7 +23,8 @@ def test_autograd_sees_what_forward_keeps_and_seek_saves_what_its_limit_says(ben
     sizes = {**bench.LLAMA_1B, "vocab_size": 2048, "num_hidden_layers": 2}
     rows = bench.measure_rows(sizes, 1, 1024, "evidence")
     for row in rows.values():
-        assert row["saved_bytes"] == pytest.approx(row["alive_bytes"], rel=0.01)
+        # only the positions' cos and sin, in the closure of checkpointing, are alive without being saved
+        assert row["saved_bytes"] == pytest.approx(row["alive_bytes"], rel=0.02)
     for name in (ways.SEEK_10, ways.SEEK_10_CHECKPOINTING):
         assert rows[name]["saved_bytes"] == pytest.approx(rows[name]["limit_bytes"], rel=0.01)
         assert rows[name]["share"] == pytest.approx(0.1, abs=1e-3)

@@ -1,4 +1,4 @@
-"""The truth that TokenSeek's passes are compared with: the plain model whose ditched rows are detached at every layer."""
+"""The truth for TokenSeek's passes: the plain model whose ditched rows are detached at every layer."""
 
 from contextlib import contextmanager
 

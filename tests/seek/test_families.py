@@ -19,8 +19,12 @@ from hf_tokenseek.seek.attention import ScoutState
 from hf_tokenseek.seek.batch import IGNORE, prepare
 from hf_tokenseek.seek.passes import Decoder, _evaluating
 from hf_tokenseek.seek.select import Selection
+from scripts import write_families_doc
 from tests.seek.naive import naive_loss
 from tests.seek.tiny_families import VOCABULARY, tiny_config, tiny_model
+
+# older versions know no other name
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
 
 REPRESENTATIVES = ("llama", "gemma2", "gpt_oss", "qwen3_moe", "deepseek_v3", "gpt2")
 LENGTH, ROWS = 40, 14
@@ -98,9 +102,12 @@ def make_case(scenario: Scenario) -> Case:
 
 def build(family: str, scenario: Scenario):
     # in bfloat16 two right computations may send a token to different experts
-    model = tiny_model(family, scenario.dtype, every_expert=scenario.dtype == torch.bfloat16)
+    model = tiny_model(family, scenario.dtype, smooth=scenario.dtype == torch.bfloat16)
     if scenario.checkpointing and model.supports_gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": scenario.checkpointing == "reentrant"})
+        # transformers itself loses gradients of keys and values shared by layers under reentrant checkpointing
+        shared = getattr(model.config, "num_kv_shared_layers", 0)
+        reentrant = scenario.checkpointing == "reentrant" and not shared
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     return model
 
 
@@ -203,10 +210,6 @@ def check_passes(family: str, scenario: Scenario):
         errors = compare(found, truth, case)
         measure = compare((logits, at_rows(logits, case), loss, grads), truth, case)
         allowed = {name: 2 * error + HALF_ROUNDING for name, error in measure.items()}
-    import json
-    import os
-    if os.environ.get("FAMLOG"):
-        open(os.environ["FAMLOG"], "a").write(json.dumps({"f": family, "s": str(scenario), "e": errors, "a": allowed}) + "\n")
     assert all(errors[name] <= allowed[name] for name in errors), f"errors {errors}, allowed {allowed}"
 
 
@@ -233,15 +236,26 @@ def test_everything_selected_equals_plain_training(family, budget):
         loss = model(**case.inputs, labels=case.labels).loss
         grads = gradients(model, loss)
     assert (handle.selection >= 0).sum() == case.real.sum()
-    assert float((loss - plain).abs() / plain) <= TOLERANCE
+    assert float((loss - plain).detach().abs() / plain.detach()) <= TOLERANCE
     assert largest_error(grads, truth) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family, rope", [
-    ("llama", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
-    ("phi3", {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8,
-              "original_max_position_embeddings": 24}),
-])
+@pytest.mark.parametrize(
+    "family, rope",
+    [
+        ("llama", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
+        (
+            "phi3",
+            {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 8,
+                "long_factor": [3.0] * 8,
+                "original_max_position_embeddings": 24,
+            },
+        ),
+    ],
+)
 def test_rotary_frequencies_follow_the_whole_sequence(family, rope):
     """Dynamic frequencies depend on the largest position, which the selected rows need not hold."""
     config = tiny_config(family)
@@ -255,3 +269,8 @@ def test_rotary_frequencies_follow_the_whole_sequence(family, rope):
     scale = truth[0].abs().max()
     assert float((scouted - truth[0]).abs().max() / scale) <= TOLERANCE
     assert float((ditched - at_rows(truth[0], case)).abs().max() / scale) <= TOLERANCE
+
+
+def test_document_says_what_is_verified_here():
+    """After a change of hf_tokenseek/families.py: `PYTHONPATH=kernels:. python scripts/write_families_doc.py`."""
+    assert write_families_doc.PATH.read_text() == write_families_doc.document()

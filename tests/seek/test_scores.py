@@ -9,6 +9,7 @@ from hf_tokenseek.seek import SeekConfig
 from hf_tokenseek.seek.batch import IGNORE, prepare
 from hf_tokenseek.seek.scores import SCORE_FUNCTIONS, Scouted, uniform_mass
 from hf_tokenseek.seek.select import labelled_rows
+from tests.seek.tiny_families import tiny_model
 from tokenseek_kernels import HeadStatistics
 
 N = 18
@@ -105,6 +106,21 @@ def test_partial_backward_equals_full_autograd(tiny_llama, layout):
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert torch.is_grad_enabled() and model.training and not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("score", ["evidence", "paper", "loss"])
+def test_scouting_runs_without_dropout(score):
+    inputs, found = make_inputs("left"), []
+    for dropout in (0.0, 0.5):
+        model = tiny_model("gpt2")
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = dropout
+        scouted = scout(model, inputs, score)
+        parts = (scouted.mass, scouted.block_gradient, *(scouted.head or ()))
+        found.append([part for part in parts if part is not None])
+        assert all(module.training for module in model.modules())
+    assert found[0] and all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

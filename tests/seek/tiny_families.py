@@ -52,7 +52,9 @@ _GEMMA4 = {
 }
 # What a single family needs on top.
 _OWN: dict[str, dict] = {
-    "cohere_compass_text": {"rope_parameters": {"full_attention": None, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": None, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 2.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_top_k": 2},
@@ -71,21 +73,28 @@ _OWN: dict[str, dict] = {
     },
     "gemma4_unified_text": _GEMMA4,
     "minicpm3": {"dim_model_base": 32},
-    "ministral3": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "llama_4_scaling_beta": 0.5,
-                                       "original_max_position_embeddings": 8}},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "llama_4_scaling_beta": 0.5,
+            "original_max_position_embeddings": 8,
+        }
+    },
     "phi": {"qk_layernorm": True},
 }
 # How many experts a token takes.
 _TAKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
 
-def tiny_config(family: str, every_expert: bool = False):
+def tiny_config(family: str, smooth: bool = False):
     """
     A config of `family` with two tiny layers, or as many as it has kinds of layers.
 
     Args:
         family (`str`): the `model_type`.
-        every_expert (`bool`): a token takes all experts, so that no rounding decides about its route.
+        smooth (`bool`): no rounding decides about anything: a token takes all experts, no activation is cut off.
     """
     config_class = CONFIG_MAPPING[family]
     defaults = config_class()
@@ -98,7 +107,8 @@ def tiny_config(family: str, every_expert: bool = False):
     if getattr(defaults, "layer_types", None) and "sliding_window" in values:
         values["layer_types"] = ["sliding_attention", "full_attention"]
     values |= _OWN.get(family, {})
-    if every_expert:
+    if smooth:
+        values.pop("activation_sparsity_pattern", None)
         values |= {name: 4 for name in _TAKEN if name in values}
         if "ffn_config" in values:
             values["ffn_config"] = {**values["ffn_config"], "moe_top_k": 4}
@@ -112,9 +122,9 @@ def _settable(config, name: str) -> bool:
     return name in config.attribute_map or name in config.to_dict()
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float32, every_expert: bool = False):
-    """A tiny random model of `family` in training mode, always the same, with every parameter away from zero and one."""
-    config = tiny_config(family, every_expert)
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, smooth: bool = False):
+    """A tiny random model of `family` in training mode, always the same, no parameter exactly zero or one."""
+    config = tiny_config(family, smooth)
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > 5_000_000:

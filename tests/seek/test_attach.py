@@ -1,0 +1,224 @@
+import inspect
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+
+from hf_tokenseek import SeekConfig, attach
+from tests.seek.tiny_families import tiny_config, tiny_model
+
+IDS = torch.randint(1, 128, (2, 20), generator=torch.Generator().manual_seed(0))
+LABELS = IDS.masked_fill(torch.arange(20) < 15, -100)
+BATCH = {"input_ids": IDS, "labels": LABELS}
+
+
+def fingerprint(model):
+    """Everything about the model that attaching could have touched."""
+    return {
+        "attributes": sorted(vars(model)),
+        "forward": vars(model).get("forward"),
+        "attention": [
+            getattr(m.config, "_attn_implementation", None) for m in model.modules() if hasattr(m, "config")
+        ],
+        "config": model.config.to_dict(),
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        "modes": [m.training for m in model.modules()],
+        "signature": inspect.signature(model.forward),
+    }
+
+
+def outputs(model):
+    """Loss and logits in evaluation, and loss and gradients in training."""
+    model.eval()
+    with torch.no_grad():
+        evaluated = model(**BATCH)
+    model.train()
+    trained = model(**BATCH)
+    gradients = torch.autograd.grad(trained.loss, list(model.parameters()))
+    return [evaluated.loss, evaluated.logits, trained.loss.detach(), trained.logits.detach(), *gradients]
+
+
+def assert_equal(left, right):
+    for one, other in zip(left, right, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_undo_leaves_no_trace(tiny_llama, attention):
+    model = tiny_llama()
+    model.set_attn_implementation(attention)
+    before, computed = fingerprint(model), outputs(model)
+    with attach(model, seek=True) as handle:
+        model(**BATCH).loss.backward()
+        assert handle.selection is not None and model.training
+    model.zero_grad(set_to_none=True)
+    assert fingerprint(model) == before
+    assert_equal(outputs(model), computed)
+    handle.undo()  # a second time changes nothing
+    assert fingerprint(model) == before
+
+
+def test_a_forward_that_was_patched_before_is_given_back(tiny_llama):
+    model, calls = tiny_llama(), []
+    inner = model.forward
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    model.forward = counting
+    with attach(model, seek=True):
+        model.eval()(IDS)
+        assert model.forward is not counting and calls == [1]
+    assert model.forward is counting
+
+
+def test_below_a_later_wrapper_undo_only_goes_silent(tiny_llama):
+    """accelerate wraps `forward` of the instance after TokenSeek did."""
+    model = tiny_llama()
+    computed = outputs(model)
+    handle = attach(model, seek=True)
+    patched = model.forward
+    model.forward = wrapper = lambda *args, **kwargs: patched(*args, **kwargs)
+    handle.undo()
+    assert model.forward is wrapper
+    assert_equal(outputs(model), computed)
+
+
+def test_evaluation_and_generation_see_the_original(tiny_llama):
+    model = tiny_llama()
+    plain, (loss, logits, *_) = tiny_llama().eval(), outputs(tiny_llama())
+    with attach(model, seek=True) as handle:
+        model.eval()
+        with torch.no_grad():
+            evaluated = model(**BATCH)
+        assert torch.equal(evaluated.loss, loss) and torch.equal(evaluated.logits, logits)
+        generated = model.generate(IDS, max_new_tokens=5, do_sample=False, use_cache=True)
+        assert torch.equal(generated, plain.generate(IDS, max_new_tokens=5, do_sample=False, use_cache=True))
+        # training mode without gradients is no training
+        model.train()
+        with torch.no_grad():
+            assert torch.equal(model(**BATCH).logits, logits)
+        # and gradients in evaluation mode are the plain ones
+        assert torch.equal(model.eval()(**BATCH).loss, loss)
+        assert handle.selection is None
+
+
+def test_saved_while_attached_is_the_original(tiny_llama, tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "before")
+    with attach(model, seek=True):
+        model.save_pretrained(tmp_path / "attached")
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("before", "attached")]
+    assert configs[0] == configs[1]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "attached").eval()
+    assert torch.equal(loaded(IDS).logits, model.eval()(IDS).logits)
+
+
+def test_pause_and_resume(tiny_llama):
+    model = tiny_llama()
+    computed = outputs(model)
+    with attach(model, seek=True) as handle:
+        handle.seek.pause()
+        assert_equal(outputs(model), computed)
+        assert handle.selection is None
+        handle.seek.resume()
+        assert model(**BATCH).loss.requires_grad and handle.selection is not None
+
+
+def test_the_signature_and_positional_arguments_stay(tiny_llama):
+    model = tiny_llama()
+    signature = inspect.signature(model.forward)
+    with attach(model, seek=SeekConfig(context=0.5, plain_fallback=False)):
+        assert inspect.signature(model.forward) == signature
+        named = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=LABELS).loss
+        positional = model(IDS, torch.ones_like(IDS), labels=LABELS).loss
+        assert torch.equal(named, positional)
+
+
+def test_attaching_twice_is_refused_until_undone(tiny_llama):
+    model = tiny_llama()
+    with attach(model, seek=True):
+        with pytest.raises(ValueError, match=r"attached to this model already.*undo\(\)"):
+            attach(model, seek=True)
+        assert model(**BATCH).loss.requires_grad
+    with attach(model, seek=True) as handle:
+        model(**BATCH)
+        assert handle.selection is not None
+
+
+@pytest.mark.parametrize("nothing", [None, False, "off"])
+def test_nothing_to_attach_is_refused(tiny_llama, nothing):
+    with pytest.raises(ValueError, match=r"no method.*seek=SeekConfig\(\)"):
+        attach(tiny_llama(), seek=nothing)
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("gptj", "attention interface"),
+        ("stablelm", "keywords"),
+        ("mamba", "recurrent"),
+        ("bert", "encoder"),
+    ],
+)
+def test_unsupported_families_are_refused_with_the_reason(family, why):
+    config = tiny_config(family)
+    config.is_decoder = True
+    model = AutoModelForCausalLM.from_config(config)
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=f"'{family}': .*{why}.*Supported: .*llama"):
+        attach(model, seek=True)
+    assert fingerprint(model) == before
+
+
+def test_other_models_are_refused(tiny_llama):
+    with pytest.raises(ValueError, match="transformers causal language model, got Linear"):
+        attach(nn.Linear(2, 2), seek=True)
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification.*AutoModelForCausalLM"):
+        attach(LlamaForSequenceClassification(tiny_llama().config), seek=True)
+
+
+def test_the_routers_auxiliary_loss_is_refused():
+    model = tiny_model("mixtral")
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match=r"output_router_logits.*auxiliary loss.*output_router_logits = False"):
+        attach(model, seek=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": None}, "needs `labels`.*label_smoothing_factor=0.*undo"),
+        ({"token_type_ids": IDS}, r"\['token_type_ids'\].*input_ids.*labels"),
+        ({"output_attentions": True}, r"\['output_attentions'\]"),
+        ({"attention_mask": torch.ones(2, 1, 20, 20)}, "2-D attention mask"),
+        ({"labels": LABELS[:, 1:]}, r"`labels` \(2, 19\).*\(2, 20\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_inputs_that_cannot_be_selected_are_refused(tiny_llama, change, message):
+    model = tiny_llama()
+    with attach(model, seek=True), pytest.raises(ValueError, match=message):
+        model(**{**BATCH, **change})
+    # the refusal leaves a model that works
+    assert model(**BATCH).loss.requires_grad
+
+
+def test_replacing_the_attention_after_attaching_is_refused(tiny_llama):
+    model = tiny_llama()
+    with attach(model, seek=True):
+        model.set_attn_implementation("eager")
+        with pytest.raises(ValueError, match="never called TokenSeek's attention.*before attach"):
+            model(**BATCH)
+
+
+def test_report_says_what_was_swapped_and_selected(tiny_llama):
+    model = tiny_llama()
+    with attach(model, seek=SeekConfig(context=0.2)) as handle:
+        assert "sdpa -> tokenseek_sdpa in 3 layers" in handle.report()
+        model(**BATCH)
+        # 5 of 20 predict a label; a fifth of the other 15 is kept beside them
+        assert "k/n = 8/20" in handle.report() and "25.0% of 40 real tokens" in handle.report()
