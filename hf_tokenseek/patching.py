@@ -27,7 +27,7 @@ def find_causal_lm(model: nn.Module) -> nn.Module:
 
 class PatchedForward:
     """
-    Replaces the `forward` of one instance while it trains eagerly with gradients; everything else runs the original.
+    Replaces the `forward` of one instance while it trains with gradients; everything else runs the original.
 
     Args:
         model (`nn.Module`): the instance.
@@ -41,8 +41,7 @@ class PatchedForward:
 
         @functools.wraps(original)
         def forward(*args, **kwargs):
-            eager = self.active and not torch.compiler.is_compiling()
-            if eager and model.training and torch.is_grad_enabled():
+            if self.active and model.training and torch.is_grad_enabled():
                 return train(original, args, kwargs)
             return original(*args, **kwargs)
 

@@ -22,9 +22,7 @@ class TokenSeekMixin:
             callbacks.append(SeekCallback(seek))
         if not any(isinstance(c, MemoryCallback) for c in callbacks):
             callbacks.append(MemoryCallback())
-        super().__init__(
-            model, args, *positional, callbacks=callbacks, compute_loss_func=compute_loss_func, **kwargs
-        )
+        super().__init__(model, args, *positional, callbacks=callbacks, compute_loss_func=compute_loss_func, **kwargs)
         for callback in self._logged():
             callback.logged_by_trainer = True
 

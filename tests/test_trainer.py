@@ -1,15 +1,14 @@
 """`TokenSeekTrainer`: the same training as the stock `Trainer`, with seek inside."""
 
-import functools
 import json
 import logging
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import GPTJConfig, GPTJForCausalLM, Trainer, TrainerCallback
 
 from hf_tokenseek import SeekCallback, SeekConfig, TokenSeekTrainer
-from tests.tiny_training import EVERYTHING, SELECTS, arguments, examples, logs, losses, trainer, weights
+from tests.tiny_training import EVERYTHING, SELECTS, arguments, examples, logs, losses, pad, trainer
 
 SEEK_KEYS = {
     "seek/selected_share", "seek/labelled_share", "seek/plain_share", "seek/evidence_mass", "seek/mean_position",
@@ -28,17 +27,17 @@ def test_plain_arguments_train_with_the_defaults_and_log_it(tiny_llama, tmp_path
     [callback] = [c for c in own.callback_handler.callbacks if isinstance(c, SeekCallback)]
     assert callback.config == SeekConfig()
     assert callback.handle.metrics.total == 4
-    assert len(logs(own)) == 4 and all(SEEK_KEYS | COST_KEYS <= set(entry) for entry in logs(own))
+    assert len(logs(own)) == 4 and all(set(entry) >= SEEK_KEYS | COST_KEYS for entry in logs(own))
     assert all(0 < entry["seek/selected_share"] < 1 for entry in logs(own))
 
 
 def test_figures_are_in_trainer_state_json(tiny_llama, tmp_path):
     own = run(tiny_llama(), arguments(tmp_path, SELECTS, save_strategy="steps", save_steps=2))
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
-    assert all(SEEK_KEYS | COST_KEYS <= set(entry) for entry in state["log_history"] if "loss" in entry)
+    assert all(set(entry) >= SEEK_KEYS | COST_KEYS for entry in state["log_history"] if "loss" in entry)
     own.save_state()
     state = json.loads((tmp_path / "trainer_state.json").read_text())
-    assert sum(SEEK_KEYS <= set(entry) for entry in state["log_history"]) == 4
+    assert sum(set(entry) >= SEEK_KEYS for entry in state["log_history"]) == 4
 
 
 def test_trackers_see_the_figures(tiny_llama, tmp_path):
@@ -50,7 +49,7 @@ def test_trackers_see_the_figures(tiny_llama, tmp_path):
             seen.append(dict(logs))
 
     run(tiny_llama(), arguments(tmp_path, SELECTS), callbacks=[Tracker()])
-    assert sum(SEEK_KEYS | COST_KEYS <= set(entry) for entry in seen) == 4
+    assert sum(set(entry) >= SEEK_KEYS | COST_KEYS for entry in seen) == 4
 
 
 def test_a_log_is_the_mean_over_its_micro_batches(tiny_llama, tmp_path):
@@ -68,7 +67,9 @@ def test_callback_in_the_stock_trainer_is_the_same_training(tiny_llama, tmp_path
     stock = run(tiny_llama(), arguments(tmp_path), kind=Trainer, callbacks=[SeekCallback(seek)])
     assert losses(own) == losses(stock)
     assert all(torch.equal(p, q) for p, q in zip(own.model.parameters(), stock.model.parameters(), strict=True))
-    assert all(SEEK_KEYS <= set(entry) for entry in logs(stock))
+    # random scores collect no attention mass
+    expected = SEEK_KEYS - ({"seek/evidence_mass"} if "score" in seek else set())
+    assert all(expected <= set(entry) for entry in logs(stock))
 
 
 @pytest.mark.parametrize("everything", [EVERYTHING, {"ratio": 1.0, "plain_fallback": False}], ids=["context", "ratio"])
@@ -76,12 +77,14 @@ def test_callback_in_the_stock_trainer_is_the_same_training(tiny_llama, tmp_path
 def test_everything_selected_is_plain_training(tiny_llama, tmp_path, everything, accumulation):
     size, steps = accumulation
     options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 5}
+    # Adam would make a step out of a rounding in a gradient near zero
+    options |= {"optim": "sgd", "learning_rate": 0.5}
     plain = run(tiny_llama(), arguments(tmp_path, **options), kind=Trainer)
     own = run(tiny_llama(), arguments(tmp_path, everything, **options))
     assert losses(own) == pytest.approx(losses(plain), rel=1e-5)
-    # Adam divides by the root of the squared gradient: what is a rounding in a tiny gradient is a share of the step
-    far = max(float((p - q).abs().max()) for p, q in zip(own.model.parameters(), plain.model.parameters(), strict=True))
-    assert far <= 0.02 * 5 * 1e-2
+    assert losses(own)[-1] < losses(own)[0]
+    for p, q in zip(own.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("seek", [SELECTS, {**SELECTS, "ratio": 0.4, "score": "loss"}], ids=["stages", "ratio"])
@@ -99,7 +102,7 @@ def test_none_trains_plainly(tiny_llama, tmp_path):
     plain = run(tiny_llama(), arguments(tmp_path), kind=Trainer)
     assert losses(own) == losses(plain)
     assert not any(key.startswith("seek/") for entry in own.state.log_history for key in entry)
-    assert all(COST_KEYS <= set(entry) for entry in logs(own))
+    assert all(set(entry) >= COST_KEYS for entry in logs(own))
 
 
 def test_none_leaves_a_custom_loss_alone(tiny_llama, tmp_path):
@@ -168,8 +171,6 @@ def test_custom_loss_is_refused_by_name(tiny_llama, tmp_path):
 
 
 def test_unsupported_model_is_refused_at_construction(tmp_path):
-    from transformers import GPTJConfig, GPTJForCausalLM
-
     model = GPTJForCausalLM(GPTJConfig(vocab_size=128, n_embd=32, n_layer=1, n_head=2, rotary_dim=8))
     with pytest.raises(ValueError, match="model_type 'gptj': its attention does not go through.*Supported: "):
         trainer(model, arguments(tmp_path))
@@ -201,12 +202,9 @@ def test_probing_changes_nothing(tiny_llama, tmp_path):
     assert losses(probed) == losses(run(tiny_llama(), arguments(tmp_path, SELECTS)))
 
 
-def test_signature_is_that_of_the_trainer():
-    """Positional arguments land where `Trainer` has them."""
-    import inspect
-
-    names = list(inspect.signature(Trainer.__init__).parameters)[1:6]
-    assert names[:3] == ["model", "args", "data_collator"]
-    assert functools.reduce(lambda found, base: found or base is Trainer, TokenSeekTrainer.__mro__, False)
-    assert not hasattr(TrainingArguments, "seek")
-    assert weights  # kept for the other test files
+def test_positional_arguments_are_those_of_the_trainer(tiny_llama, tmp_path):
+    rows = examples()
+    own = TokenSeekTrainer(tiny_llama(), arguments(tmp_path), pad, rows, rows[:2])
+    own.train()
+    assert losses(own) == losses(run(tiny_llama(), arguments(tmp_path)))
+    assert own.evaluate()["eval_samples_per_second"] > 0

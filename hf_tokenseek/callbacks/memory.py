@@ -106,7 +106,7 @@ class MemoryCallback(LoggedMetrics):
     def _measure(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         self._tokens = self._tokens + _count_tokens(**kwargs)
         window = self._window
-        if time.perf_counter() < window.pause_until or other_hooks_active():
+        if torch.compiler.is_compiling() or time.perf_counter() < window.pause_until or other_hooks_active():
             return forward(*args, **kwargs)
         with self._saved:
             output = forward(*args, **kwargs)

@@ -43,7 +43,9 @@ class SeekCallback(LoggedMetrics):
         self._attach(model)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        self._attach(model)
+        if self._attach(model):
+            # `model_init` has made the model after `__init__`: accelerate's autocast is already below the patch
+            self.handle.autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self._described = False
         if state.is_local_process_zero:
             print(self.handle.swapped(), flush=True)
@@ -70,11 +72,13 @@ class SeekCallback(LoggedMetrics):
         """
         return {} if self.handle is None else self.handle.metrics.read(reset)
 
-    def _attach(self, model: nn.Module) -> None:
+    def _attach(self, model: nn.Module) -> bool:
+        """Whether the model was not known before."""
         if self.handle is not None and self.handle.model is find_causal_lm(model):
             self.handle.resume()
-        else:
-            self.handle = SeekHandle(model, self.config)
+            return False
+        self.handle = SeekHandle(model, self.config)
+        return True
 
 
 def refuse_arguments(args: TrainingArguments) -> None:

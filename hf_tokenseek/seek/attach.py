@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class SeekHandle:
     Attributes:
         selection (`torch.LongTensor` of shape `(batch, k)`): rows of the last training forward, -1 padded.
         metrics ([`SeekMetrics`]): what was measured since they were last read.
+        autocast (`torch.dtype`, *optional*): to compute under where nobody outside of the forward sees to it.
 
     Raises:
         ValueError: the model is not supported or attached already.
@@ -54,6 +56,7 @@ class SeekHandle:
         self.metrics = SeekMetrics()
         self.selection: Tensor | None = None
         self.step, self.micro_step = 0, 0
+        self.autocast: torch.dtype | None = None
 
     def begin_step(self, step: int) -> None:
         """Tells which optimizer step the coming micro-batches belong to: it seeds all that is random."""
@@ -74,10 +77,13 @@ class SeekHandle:
         self.pause()
         self.patch.undo()
 
+    # a compiled model trains the same, this forward uncompiled
+    @torch.compiler.disable
     def _train_forward(self, original: Callable, args: tuple, kwargs: dict):
         named = dict(self.signature.bind(*args, **kwargs).arguments)
         further = named.pop("kwargs", {})
-        return self.train_forward(**named, **further)
+        with nullcontext() if self.autocast is None else torch.autocast(self.model.device.type, dtype=self.autocast):
+            return self.train_forward(**named, **further)
 
     def train_forward(self, seek_sizes: Sizes | None = None, **inputs):
         """

@@ -45,9 +45,9 @@ class SeekMetrics:
     """
     Collects the selection statistics of micro-batches until [`read`] is called.
 
-    Keys: `seek/selected_share` (selected rows / rows computed without TokenSeek), `seek/labelled_share` (labelled / real
-    positions), `seek/evidence_mass` (share of the collected attention mass on unlabelled positions that the kept ones
-    hold), `seek/mean_position` (mean relative position of the kept unlabelled rows), `seek/plain_share` (share of
+    Keys: `seek/selected_share` (selected rows / rows computed without TokenSeek), `seek/labelled_share` (labelled /
+    real positions), `seek/evidence_mass` (share of the collected attention mass on unlabelled positions that the kept
+    ones hold), `seek/mean_position` (mean relative position of the kept unlabelled rows), `seek/plain_share` (share of
     micro-batches trained plainly), `seek/gradient_cosine` and `seek/gradient_norm_ratio` (where probed).
     """
 
@@ -95,17 +95,20 @@ class SeekMetrics:
             return []
         sizes, n, cost = self.last.sizes, self.last.n, self.last.cost
         share = sizes.rows / n
-        kept_mib = self.last.kept_bytes / 2**20
         lines = [
             f"  labels      {sum(sizes.labelled) / max(1, sum(sizes.real)):.1%} of {sum(sizes.real)} real tokens",
             f"  rows        k/n = {sizes.rows}/{n} = {share:.1%}",
+        ]
+        if self.last.plainly:
+            even = f"breaks even at k/n = {cost.break_even:.0%}"
+            return [*lines, f"  trained plainly: so many rows would be selected that scouting cannot pay ({even})"]
+        kept_mib = self.last.kept_bytes / 2**20
+        return [
+            *lines,
             f"  cost        {cost.seek(share):.2f} forwards predicted, plain {cost.plain:.2f}"
             f" (breaks even at k/n = {cost.break_even:.0%})",
             f"  memory      {share:.1%} of the activations + {kept_mib:.1f} MiB of scouted keys and values",
         ]
-        if self.last.plainly:
-            lines.append("  this micro-batch was trained plainly: so many rows are selected that scouting cannot pay")
-        return lines
 
     def misfit(self) -> str | None:
         """A plain word to the user if most micro-batches were trained plainly."""

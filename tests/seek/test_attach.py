@@ -222,3 +222,13 @@ def test_report_says_what_was_swapped_and_selected(tiny_llama):
         model(**BATCH)
         # 5 of 20 predict a label; a fifth of the other 15 is kept beside them
         assert "k/n = 8/20" in handle.report() and "25.0% of 40 real tokens" in handle.report()
+
+
+def test_a_compiled_model_selects_too(tiny_llama):
+    model = tiny_llama().train()
+    with attach(model, seek=True) as handle:
+        expected = model(**BATCH).loss
+        rows, handle.seek.selection = handle.selection, None
+        found = torch.compile(model, backend="eager")(**BATCH).loss
+        assert torch.equal(handle.selection, rows)
+        assert torch.equal(found, expected)

@@ -81,7 +81,7 @@ def overlay_(states: Tensor, fresh: Tensor, rows: Tensor) -> None:
 
 
 class _SelectedAttention(torch.autograd.Function):
-    """Saves query, output, log-sum-exp and *references* to the scouted keys and values; nothing of size rows x keys."""
+    """Saves query, output, log-sum-exp and *references* to scouted keys and values; nothing of size rows x keys."""
 
     @staticmethod
     def forward(ctx, query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, sinks):
@@ -153,7 +153,7 @@ def selected_attention(
     Raises:
         ValueError: shapes do not fit together, `key` or `value` ask for a gradient, or `impl` is unknown.
     """
-    _check(query, fresh_key, fresh_value, key, value, rows, segments)
+    _check(query, fresh_key, fresh_value, key, value, rows, segments, window)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     call = _SelectedAttention.apply
     if resolve_impl(impl, query) == "reference":
@@ -161,10 +161,14 @@ def selected_attention(
     return call(query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, sinks)
 
 
-def _check(query, fresh_key, fresh_value, key, value, rows, segments):
+def _check(query, fresh_key, fresh_value, key, value, rows, segments, window):
     if key.requires_grad or value.requires_grad:
         raise ValueError(
             "scouted `key` and `value` must not require grad: scout under torch.no_grad() or detach them."
+        )
+    if window is not None and window < 1:
+        raise ValueError(
+            f"`window` should be at least 1 (the query's own token), got {window}. Use None for no window."
         )
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"query heads ({query.shape[1]}) must be a multiple of key/value heads ({key.shape[1]}).")
