@@ -47,7 +47,7 @@ class SeekConfig:
         temperature (`float`, *optional*, defaults to 0.0):
             Above 0 the top-k is stochastic (Gumbel) and the losses carry inverse-probability weights; 1.0 samples in
             proportion to the score.
-        evidence_queries (`int`, *optional*, defaults to 128):
+        evidence_queries (`int`, *optional*, defaults to 64):
             How many labelled queries of a sequence, evenly spaced, vote at most in `"evidence"`; bounds its cost.
         plain_fallback (`bool`, *optional*, defaults to `True`):
             Train a micro-batch plainly where so many rows are selected that scouting cannot pay.
@@ -71,7 +71,7 @@ class SeekConfig:
     gradient_norm: str = field(default="l2", metadata={"help": "How 'paper' reduces gradients: l2, l1 or signed."})
     context_bias: str = field(default="none", metadata={"help": "Causal-bias correction: none, count or harmonic."})
     temperature: float = field(default=0.0, metadata={"help": "Above 0: stochastic top-k with weighted losses."})
-    evidence_queries: int = field(default=128, metadata={"help": "Labelled queries that vote at most in 'evidence'."})
+    evidence_queries: int = field(default=64, metadata={"help": "Labelled queries that vote at most in 'evidence'."})
     plain_fallback: bool = field(default=True, metadata={"help": "Train plainly where scouting cannot pay."})
     probe_steps: int = field(default=0, metadata={"help": "Measure gradient fidelity every so many steps; 0 is off."})
     seed: int = field(default=0, metadata={"help": "Seed of random scores and of the stochastic top-k."})

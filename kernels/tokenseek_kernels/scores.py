@@ -60,7 +60,8 @@ def block_scores(
     query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scale: float, softcap: float | None
 ) -> torch.Tensor:
     """
-    Attention scores of a block of query rows in float32 (or float64), -inf where a query does not see a key.
+    Attention scores of a block of query rows in float32 (or float64), -inf where a query does not see a key. A query
+    that sees nothing keeps its scores, so that its softmax is finite; callers leave such rows out.
 
     Args:
         query (`torch.Tensor` of shape `(batch, heads, rows, dim)`): the block's queries.
@@ -73,8 +74,20 @@ def block_scores(
         `torch.FloatTensor` of shape `(batch, heads, rows, keys)`.
     """
     batch, heads, rows, _ = query.shape
-    grouped = wide(group_heads(query, key.shape[1]))
-    scores = (grouped @ wide(key).transpose(-1, -2)).view(batch, heads, rows, key.shape[2]).mul_(scale)
+    # scaled before the product, where it is small
+    grouped = wide(group_heads(query, key.shape[1])) * scale
+    scores = (grouped @ wide(key).transpose(-1, -2)).view(batch, heads, rows, key.shape[2])
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
-    return scores.masked_fill_(~seen[:, None], float("-inf"))
+    hidden = ~seen & seen.any(-1, keepdim=True)
+    return scores.masked_fill_(hidden[:, None], float("-inf"))
+
+
+def log_sum_exp(scores: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """
+    Log-sum-exp of the last dimension, read off scores and their softmax.
+
+    The largest probability is `exp(max - lse)`. Softmax kernels are several times faster than `exp` and `logsumexp` on
+    rows that are half -inf, as causal ones are.
+    """
+    return scores.amax(-1) - probabilities.amax(-1).log()

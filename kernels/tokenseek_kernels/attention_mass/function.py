@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import resolve_impl
-from ..scores import block_scores, row_blocks, visible, wide
+from ..scores import block_scores, log_sum_exp, row_blocks, visible, wide
 from .reference import attention_mass_reference
 
 
@@ -25,11 +25,12 @@ def _mass_op(
         for block in row_blocks(query.shape[2], 8 * query.shape[0] * query.shape[1] * key.shape[2]):
             seen = visible(rows[:, block], segments, key.shape[2], window)
             scores = block_scores(query[:, :, block], key, seen, scale, softcap)
-            lse = scores.logsumexp(-1, keepdim=True)
+            probabilities = scores.softmax(-1)
+            # a row that sees nothing gives no mass
+            weights = seen.any(-1)[:, None].to(scores.dtype).expand(scores.shape[:3])
             if sinks is not None:
-                lse = torch.logaddexp(lse, wide(sinks).view(1, -1, 1, 1))
-            # a row that sees nothing has -inf everywhere and gives no mass
-            mass += scores.sub_(lse.masked_fill_(lse == float("-inf"), 0.0)).exp_().sum((1, 2))
+                weights = weights * torch.sigmoid(log_sum_exp(scores, probabilities) - wide(sinks).view(1, -1, 1))
+            mass += (weights.unsqueeze(-2) @ probabilities).sum((1, 2))
     return mass
 
 

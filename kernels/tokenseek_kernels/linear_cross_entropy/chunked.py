@@ -71,7 +71,7 @@ def backward(
     hidden = hidden.masked_fill(dropped[:, None], 0.0)
 
     grad_hidden = hidden.new_zeros(hidden.shape, dtype=compute_dtype(hidden)) if needs[0] else None
-    grad_weight = weight.new_zeros(weight.shape) if needs[1] else None
+    grad_weight = weight.new_empty(weight.shape) if needs[1] else None
     grad_bias = bias.new_empty(bias.shape) if needs[2] else None
     chunk_size = (chunk_rows or _default_rows(hidden, weight)) * vocabulary
     for columns in _slices(vocabulary, max(1, chunk_size // max(1, rows))):
@@ -87,7 +87,7 @@ def backward(
         if needs[0]:
             _add_product(grad_hidden, grad_logits, part)
         if needs[1]:
-            _add_product(grad_weight[columns], grad_logits.T, hidden)
+            _write_product(grad_weight[columns], grad_logits.T, hidden)
         del grad_logits, slope
     return grad_hidden.to(hidden.dtype) if needs[0] else None, grad_weight, grad_bias
 
@@ -167,3 +167,11 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total.add_(left @ right)
+
+
+def _write_product(place: Tensor, left: Tensor, right: Tensor) -> None:
+    """place = left @ right, without a temporary where the dtypes allow it."""
+    if place.dtype == left.dtype:
+        torch.mm(left, right, out=place)
+    else:
+        place.copy_(left @ right)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..scores import block_scores, group_heads, row_blocks, visible, wide
+from ..scores import block_scores, group_heads, log_sum_exp, row_blocks, visible, wide
 
 
 def selected_attention_forward(query, key, value, rows, segments, scale, softcap, window, sinks):
@@ -16,7 +16,7 @@ def selected_attention_forward(query, key, value, rows, segments, scale, softcap
     batch, heads, n_rows, _ = query.shape
     output = query.new_empty(batch, n_rows, heads, value.shape[-1])
     lse = torch.empty(batch, heads, n_rows, dtype=lse_dtype(query), device=query.device)
-    flash = query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]
+    flash = _has_flash(query, value, softcap)
     attend = _flash_block if flash else _dense_block
     # the flash kernel needs one additive mask for all heads, the dense one float32 scores a head
     row_bytes = batch * key.shape[2] * (2 * query.element_size() if flash else 8 * heads)
@@ -38,6 +38,11 @@ def lse_dtype(query: torch.Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32)
 
 
+def _has_flash(query: torch.Tensor, value: torch.Tensor, softcap: float | None) -> bool:
+    """Whether torch's fused CPU kernel can be used; it takes a mask, gives the log-sum-exp and groups heads."""
+    return query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]
+
+
 def _flash_block(query, key, value, seen, scale, softcap):
     bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, float("-inf"))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -48,11 +53,10 @@ def _flash_block(query, key, value, seen, scale, softcap):
 def _dense_block(query, key, value, seen, scale, softcap):
     batch, heads, n_rows, _ = query.shape
     scores = block_scores(query, key, seen, scale, softcap)
-    lse = scores.logsumexp(-1)
-    # -inf - -inf would be NaN in a row that sees nothing
-    probabilities = scores.sub_(lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)).exp_()
-    out = group_heads(probabilities, value.shape[1]) @ wide(value)
-    return out.view(batch, heads, n_rows, -1).to(query.dtype), lse
+    probabilities = scores.softmax(-1)
+    out = (group_heads(probabilities, value.shape[1]) @ wide(value)).view(batch, heads, n_rows, -1)
+    empty = ~seen.any(-1)[:, None, :, None]
+    return out.masked_fill_(empty, 0.0).to(query.dtype), log_sum_exp(scores, probabilities)
 
 
 def selected_attention_backward(grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks):
@@ -62,36 +66,63 @@ def selected_attention_backward(grad, query, key, value, output, lse, rows, segm
     """
     batch, heads, n_rows, _ = query.shape
     kv_heads, n_keys = key.shape[1], key.shape[2]
-    key32, value32 = wide(key), wide(value)
     d_query = torch.empty_like(query)
-    d_key = key32.new_zeros(batch, kv_heads, n_rows, key.shape[-1])
-    d_value = value32.new_zeros(batch, kv_heads, n_rows, value.shape[-1])
+    d_key = key.new_zeros(batch, kv_heads, n_rows, key.shape[-1], dtype=lse.dtype)
+    d_value = value.new_zeros(batch, kv_heads, n_rows, value.shape[-1], dtype=lse.dtype)
     d_sinks = grad.new_zeros(0 if sinks is None else heads, dtype=lse.dtype)
-    columns = rows.clamp(min=0)[:, None, None, :]
-    empty = (rows < 0)[:, None, None, :]
-
-    def at_selected(matrix):
-        """Columns of the selected keys; an empty slot receives nothing."""
-        index = columns.expand(-1, heads, matrix.shape[2], -1)
-        return group_heads(matrix.gather(-1, index).masked_fill_(empty, 0.0), kv_heads).transpose(-1, -2)
-
+    # the fused backward is the faster one in float32 only
+    flash = _has_flash(query, value, softcap) and query.dtype == torch.float32
+    differentiate = _flash_backward_block if flash else _dense_backward_block
     for block in row_blocks(n_rows, 16 * batch * heads * n_keys):
         seen = visible(rows[:, block], segments, n_keys, window)
-        q, part = query[:, :, block], lse[:, :, block].unsqueeze(-1)
-        d_out = wide(grad[:, block].transpose(1, 2))
-        delta = (d_out * wide(output[:, block].transpose(1, 2))).sum(-1, keepdim=True)
-        scores = block_scores(q, key, seen, scale, softcap)
-        # the softcap's slope, 1 - tanh^2, from the capped score itself (masked scores have no slope)
-        slope = None if softcap is None else 1 - scores.masked_fill(~seen[:, None], 0.0).div_(softcap).square_()
-        probabilities = scores.sub_(part).exp_()
-        grouped_out = group_heads(d_out, kv_heads)
-        d_value += at_selected(probabilities) @ grouped_out
-        d_scores = (grouped_out @ value32.transpose(-1, -2)).view_as(probabilities).sub_(delta).mul_(probabilities)
+        part, out = lse[:, :, block], output[:, block].transpose(1, 2)
+        # a row that sees nothing has a softmax all the same; without an upstream gradient it does no harm
+        d_out = grad[:, block].transpose(1, 2).masked_fill(~seen.any(-1)[:, None, :, None], 0.0)
+        sink_share = None
         if sinks is not None:
-            d_sinks -= ((wide(sinks).view(1, -1, 1, 1) - part).exp() * delta).sum((0, 2, 3))
-        if slope is not None:
-            d_scores.mul_(slope)
-        d_scores.mul_(scale)
-        d_query[:, :, block] = (group_heads(d_scores, kv_heads) @ key32).view_as(q).to(query.dtype)
-        d_key += at_selected(d_scores) @ wide(group_heads(q, kv_heads))
+            sink_share = (wide(sinks).view(1, -1, 1) - part).exp()
+            d_sinks -= (sink_share * (wide(d_out) * wide(out)).sum(-1)).sum((0, 2))
+        d_query[:, :, block], of_key, of_value = differentiate(
+            d_out, query[:, :, block], key, value, out, part, seen, rows, scale, softcap, sink_share
+        )
+        d_key += of_key
+        d_value += of_value
+    empty = (rows < 0)[:, None, :, None]
+    d_key, d_value = d_key.masked_fill_(empty, 0.0), d_value.masked_fill_(empty, 0.0)
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_sinks
+
+
+def _flash_backward_block(d_out, query, key, value, out, lse, seen, rows, scale, softcap, sink_share):
+    """Gradients of one block; the fused kernel gives those of all keys, of which the selected ones are kept."""
+    bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, float("-inf"))
+    d_query, d_key, d_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        d_out, query, key, value, out, lse, 0.0, False, attn_mask=bias[:, None], scale=scale
+    )
+    index = rows.clamp(min=0)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[-1])
+    return d_query, d_key.gather(2, index), d_value.gather(2, index)
+
+
+def _dense_backward_block(d_out, query, key, value, out, lse, seen, rows, scale, softcap, sink_share):
+    """Gradients of one block from float32 scores, computed at the selected keys only."""
+    kv_heads = key.shape[1]
+    columns = rows.clamp(min=0)[:, None, None, :]
+
+    def at_selected(matrix):
+        index = columns.expand(-1, matrix.shape[1], matrix.shape[2], -1)
+        return group_heads(matrix.gather(-1, index), kv_heads).transpose(-1, -2)
+
+    scores = block_scores(query, key, seen, scale, softcap)
+    # the softcap's slope, 1 - tanh^2, from the capped score itself (masked scores have no slope)
+    slope = None if softcap is None else 1 - scores.masked_fill(~seen[:, None], 0.0).div_(softcap).square_()
+    probabilities = scores.softmax(-1)
+    if sink_share is not None:
+        probabilities.mul_(1 - sink_share.unsqueeze(-1))
+    delta = (wide(d_out) * wide(out)).sum(-1, keepdim=True)
+    grouped_out = group_heads(wide(d_out), kv_heads)
+    d_value = at_selected(probabilities) @ grouped_out
+    d_scores = (grouped_out @ wide(value).transpose(-1, -2)).view_as(probabilities).sub_(delta).mul_(probabilities)
+    if slope is not None:
+        d_scores.mul_(slope)
+    d_query = (group_heads(d_scores, kv_heads) @ wide(key)).mul_(scale).view_as(query)
+    d_key = (at_selected(d_scores) @ wide(group_heads(query, kv_heads))).mul_(scale)
+    return d_query, d_key, d_value
