@@ -90,13 +90,15 @@ def refuse_arguments(args: TrainingArguments) -> None:
     """
     refusals = {
         "label_smoothing_factor": (args.label_smoothing_factor, "0.0", "its loss takes the labels from the model"),
-        "torch_compile": (args.torch_compile, "False", "the compiled forward would bypass the selection"),
+        "torch_compile": (args.torch_compile, "False", "the selected forward would run uncompiled"),
+        "deepspeed": (args.deepspeed, "None", "ranks that select differently have not been verified to keep in step"),
+        "fsdp": (args.fsdp, "False", "ranks that select differently have not been verified to keep in step"),
     }
     for name, (value, allowed, why) in refusals.items():
         if value:
             raise ValueError(f"TokenSeek does not support `{name}`={value}: {why}. Set {name}={allowed}.")
-    if torch.cuda.is_available() and args.n_gpu > 1:
+    if args.world_size > 1 or args.n_gpu > 1:
         raise ValueError(
-            f"TokenSeek does not support torch.nn.DataParallel (n_gpu={args.n_gpu}): start the run with `torchrun`, "
-            "or show it one GPU by CUDA_VISIBLE_DEVICES."
+            f"TokenSeek has been verified in one process on one device, got world_size={args.world_size} and "
+            f"n_gpu={args.n_gpu}. Start one process and show it one GPU by CUDA_VISIBLE_DEVICES, or set seek=None."
         )

@@ -86,7 +86,7 @@ def test_errors_say_name_value_and_allowed_set(name, value, allowed):
 
 def test_bounds_are_allowed():
     for options in ({"context": 0.0}, {"context": 1}, {"labelled": 1e-6}, {"ratio": 1.0}, {"temperature": 0.0}):
-        SeekConfig(**options)
+        assert vars(SeekConfig(**options)).items() >= options.items()
 
 
 def test_every_score_of_the_config_exists():
