@@ -40,8 +40,9 @@ class Decoder:
 
     def scout(self, batch: Batch, score: Score, most_queries: int) -> tuple[ScoutState, Scouted]:
         """Runs all rows without gradient and without dropout; keeps keys and values and what `score` asks for."""
-        voters = {None: None, "labelled": lambda: labelled_rows(batch, most_queries), "all": lambda: real_rows(batch)}
-        mass_rows = voters[score.mass_from] and voters[score.mass_from]()
+        mass_rows = None
+        if score.mass_from is not None:
+            mass_rows = real_rows(batch) if score.mass_from == "all" else labelled_rows(batch, most_queries)
         state = ScoutState(batch.visibility, mass_rows, len(self.layers) if score.last_block else None)
         with torch.no_grad(), _evaluating(self.model):
             if score.last_block:
