@@ -166,11 +166,14 @@ def fill(model: nn.Module, tokenizer, data: str, args: argparse.Namespace) -> No
     names = {f"{score} {name}={share}": (score, {name: share}) for score, name, share in configurations}
     if any(name not in results for name in names):
         collate = PadCollator(tokenizer.pad_token_id)
-        sequences = load(tokenizer, "train", args.tokens)
-        groups = [
-            sequences[i : i + args.batch] for i in range(0, args.batch * args.batches + args.disjoint, args.batch)
-        ]
-        batches = [collate(group) for group in groups]
+        sequences, needed = load(tokenizer, "train", args.tokens), args.batch * args.batches + args.disjoint
+        if len(sequences) < needed:
+            raise SystemExit(
+                f"{data} has {len(sequences)} sequences of {args.tokens} tokens, {needed} are needed. "
+                "Lower --tokens, --batch, --batches or --disjoint."
+            )
+        starts = range(0, needed, args.batch)
+        batches = [collate(sequences[start : start + args.batch]) for start in starts]
         own, others = batches[: args.batches], batches[args.batches :]
         full = [gradient(model, batch) for batch in tqdm(own, desc="full gradients", leave=False)]
         disjoint = mean_gradient(model, others)

@@ -7,7 +7,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from recipes.data import encode
-from recipes.python_docstrings import module_splits, python_docstrings, read_source, standard_library, top_level
+from recipes.python_docstrings import (
+    INSTRUCTION,
+    module_splits,
+    python_docstrings,
+    read_source,
+    standard_library,
+    top_level,
+)
 
 Encoded = list[dict[str, list[int]]]
 WORDNET_NOUNS = Path("/usr/share/wordnet/data.noun")
@@ -20,9 +27,23 @@ def docstrings(tokenizer: PreTrainedTokenizerBase, split: str, max_length: int) 
 
 
 def long_prompts(tokenizer: PreTrainedTokenizerBase, split: str, max_length: int) -> Encoded:
-    """The docstring task, sequences of exactly `max_length` tokens only (longer ones lose their left end)."""
-    encoded = [encode(record, tokenizer, max_length) for record in python_docstrings(split, max_characters=20_000)]
-    return [item for item in encoded if len(item["input_ids"]) == max_length]
+    """
+    The docstring task in sequences of exactly `max_length` tokens; longer ones lose their left end. Functions that are
+    too short follow at the end, behind other functions of their module.
+    """
+    records = python_docstrings(split, max_characters=20_000)
+    by_module: dict[str, list[str]] = {}
+    for record in records:
+        by_module.setdefault(record["module"], []).append(record["prompt"].removeprefix(INSTRUCTION).strip())
+    lengthened = []
+    for record in records:
+        source = record["prompt"].removeprefix(INSTRUCTION).strip()
+        others = [other for other in by_module[record["module"]] if other != source]
+        lengthened.append({**record, "prompt": "\n\n".join([INSTRUCTION, *others, source])})
+    encoded, longer = ([encode(r, tokenizer, max_length) for r in part] for part in (records, lengthened))
+    own = [len(item["input_ids"]) == max_length for item in encoded]
+    spare = [item for item, fits in zip(longer, own, strict=True) if not fits]
+    return [item for item in [*encoded, *spare] if len(item["input_ids"]) == max_length]
 
 
 def source_text(tokenizer: PreTrainedTokenizerBase, split: str, max_length: int) -> Encoded:
