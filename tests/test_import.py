@@ -1,5 +1,6 @@
 """`import hf_tokenseek` is light: it needs nothing that is optional and touches no device."""
 
+import os
 import subprocess
 import sys
 
@@ -21,7 +22,9 @@ for name in ("current_device", "init", "_lazy_init", "get_device_properties", "s
 
 
 def run(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # the paths of this process, so that the suite also runs without an installed package
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
 
 
