@@ -1,10 +1,45 @@
 #!/usr/bin/env bash
-# Runs the test suite in the checkout's own environment; needs no model hub. Arguments go to pytest:
+# Runs the tests in the checkout's own environment; needs neither a model hub nor a GPU. Three lanes, one after the other:
 #
-#     bash scripts/test.sh [tests/recipes -k collator ...]
+#     suite         all tests but those of the Triton kernels
+#     interpreter   the Triton kernels' tests on the CPU: Triton's interpreter needs a process of its own
+#     compile       scripts/check_kernels.py: every kernel that changed for every GPU target, with its limits and budgets
+#
+#     bash scripts/test.sh                                   all lanes
+#     bash scripts/test.sh tests/recipes -k collator         the suite only; arguments go to pytest
+#     bash scripts/test.sh --lane interpreter -k attention   one lane; arguments go to its command
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" dev demo
 export HF_HUB_OFFLINE=1
 
-exec python -m pytest -q "$@"
+lane=all
+if [[ ${1:-} == --lane ]]; then
+    lane=${2:-}
+    [[ $lane =~ ^(suite|interpreter|compile)$ ]] || setup_fail "--lane takes suite, interpreter or compile."
+    shift 2
+elif (($#)); then
+    lane=suite
+elif ! python -c 'import triton' 2>/dev/null; then
+    lane=suite
+    echo "[test] Triton has no package for this system: the lanes interpreter and compile are left out"
+fi
+
+failed=""
+run_lane() {
+    local name=$1
+    shift
+    if [[ $lane == all || $lane == "$name" ]]; then
+        echo "[test] lane $name"
+        "$@" || failed="$failed $name"
+    fi
+}
+
+run_lane suite python -m pytest -q "$@"
+run_lane interpreter env TRITON_INTERPRET=1 python -m pytest -q tests/interpreter "$@"
+run_lane compile python scripts/check_kernels.py --changed "$@"
+
+if [[ -n $failed ]]; then
+    echo "[test] failed:$failed"
+    exit 1
+fi

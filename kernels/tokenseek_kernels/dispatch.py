@@ -1,8 +1,11 @@
 """Which implementation of an operation runs: chosen by the tensor's device, forced by `impl=`."""
 
+import sys
+
 import torch
 
-IMPLEMENTATIONS = ("torch", "reference")
+IMPLEMENTATIONS = ("triton", "torch", "reference")
+TRITON_DEVICES = ("cuda", "xpu")
 
 
 def resolve_impl(impl: str, tensor: torch.Tensor, allowed: tuple[str, ...] = IMPLEMENTATIONS) -> str:
@@ -13,15 +16,32 @@ def resolve_impl(impl: str, tensor: torch.Tensor, allowed: tuple[str, ...] = IMP
         impl (`str`):
             `"auto"` or one of `allowed`.
         tensor (`torch.Tensor`):
-            A tensor the operation works on; its device decides what `"auto"` means.
-        allowed (`tuple[str, ...]`, *optional*, defaults to `("torch", "reference")`):
+            A tensor the operation works on; its device decides what `"auto"` means, and whether Triton can run.
+        allowed (`tuple[str, ...]`, *optional*, defaults to `("triton", "torch", "reference")`):
             The implementations this operation has.
 
     Raises:
-        ValueError: `impl` is unknown.
+        ValueError: `impl` is unknown, or it is `"triton"` and Triton cannot run on the tensor's device.
     """
+    on_gpu = tensor.device.type in TRITON_DEVICES
     if impl == "auto":
-        return "triton" if "triton" in allowed and tensor.device.type in ("cuda", "xpu") else "torch"
+        return "triton" if on_gpu and "triton" in allowed else "torch"
     if impl not in allowed:
         raise ValueError(f"`impl` should be 'auto' or one of {list(allowed)}, got {impl!r}. Use impl='auto'.")
+    if impl == "triton" and not on_gpu and not is_interpreting():
+        raise ValueError(
+            f"impl='triton' needs a tensor on one of {list(TRITON_DEVICES)}, got one on {tensor.device.type!r}. Use "
+            "impl='auto', or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter."
+        )
     return impl
+
+
+def is_interpreting() -> bool:
+    """Whether Triton is imported and runs its kernels in the interpreter, on CPU tensors."""
+    triton = sys.modules.get("triton")
+    if triton is None:
+        try:
+            import triton
+        except ImportError:
+            return False
+    return bool(triton.knobs.runtime.interpret)

@@ -4,8 +4,22 @@ from collections.abc import Iterator
 
 import torch
 
+from .dispatch import IMPLEMENTATIONS, resolve_impl
+
 # Temporaries of size rows x keys stay below this at any sequence length; float32 copies of K and V come on top.
 WORKSPACE_MIB = 64
+
+# The largest heads that the Triton kernels hold in registers, by bytes an element.
+TRITON_HEAD_SIZES = {2: 256, 4: 64, 8: 32}
+
+
+def resolve_attention_impl(
+    impl: str, query: torch.Tensor, value_dim: int = 0, allowed: tuple[str, ...] = IMPLEMENTATIONS
+) -> str:
+    """As [`resolve_impl`], but that `"auto"` takes torch where heads are too large for the Triton kernels."""
+    resolved = resolve_impl(impl, query, allowed)
+    too_large = max(query.shape[-1], value_dim) > TRITON_HEAD_SIZES[query.element_size()]
+    return "torch" if impl == "auto" and resolved == "triton" and too_large else resolved
 
 
 def visible(rows: torch.Tensor, segments: torch.Tensor | None, n_keys: int, window: int | None) -> torch.Tensor:
@@ -45,9 +59,14 @@ def row_blocks(n_rows: int, bytes_per_row: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n_rows))
 
 
-def wide(states: torch.Tensor) -> torch.Tensor:
+def wide_dtype(states: torch.Tensor) -> torch.dtype:
     """The dtype sums are kept in: float32 (float64 stays, so that gradcheck sees the real thing)."""
-    return states.to(torch.promote_types(states.dtype, torch.float32))
+    return torch.promote_types(states.dtype, torch.float32)
+
+
+def wide(states: torch.Tensor) -> torch.Tensor:
+    """`states` in the dtype sums are kept in."""
+    return states.to(wide_dtype(states))
 
 
 def group_heads(states: torch.Tensor, n_kv_heads: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import tokenseek_kernels.scores as scores_module
 from tokenseek_kernels import attention_mass
 from tokenseek_kernels.attention_mass.function import _mass_op
+from tokenseek_kernels.selected_attention.function import _forward_op
 
 BATCH, HEADS, KEYS, DIM = 3, 4, 21, 7
 SINKS = torch.linspace(-1, 2, HEADS, dtype=torch.float64)
@@ -71,6 +72,21 @@ def test_equals_the_definition(monkeypatch, rule, layout, kv_heads, workspace):
         assert (mass[segments < 0] == 0).all()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rule", RULES)
+def test_the_log_sum_exp_may_be_given(monkeypatch, rule, layout):
+    monkeypatch.setattr(scores_module, "WORKSPACE_MIB", 0)
+    query, key = draw()
+    options, segments = RULES[rule], LAYOUTS[layout]
+    # the log-sum-exp of selected_attention, whose values matter to nobody here
+    own = (options.get("scale", DIM**-0.5), options.get("softcap"), options.get("window"), options.get("sinks"))
+    _, lse = _forward_op(query, key, key, ROWS, segments, *own, "torch")
+    mass = attention_mass(query, key, ROWS, segments, **options, lse=lse)
+    torch.testing.assert_close(mass.double(), loop(query, key, segments, **options), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"`lse` \(3, 4, 3\) must be \(batch, heads, rows\) of query \(3, 4, 4, 7\)"):
+        attention_mass(query, key, ROWS, segments, **options, lse=lse[..., 1:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rule", ["causal", "window", "softcap"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -98,12 +114,19 @@ def test_fake_tensors_and_opcheck():
     for segments, options in ((None, RULES["causal"]), (LAYOUTS["left"], RULES["all"])):
         sinks = None if options.get("sinks") is None else options["sinks"].float()
         rule = (0.5, options.get("softcap"), options.get("window"), sinks)
-        torch.library.opcheck(_mass_op, (query, key, ROWS, segments, *rule))
+        for lse in (None, torch.ones(query.shape[:3])):
+            torch.library.opcheck(_mass_op, (query, key, ROWS, segments, *rule, lse, "torch"))
     with FakeTensorMode():
         mass = attention_mass(torch.empty(2, 4, 3, 8), torch.empty(2, 2, 9, 8), torch.zeros(2, 3, dtype=torch.long))
         assert mass.shape == (2, 9) and mass.dtype == torch.float32
 
 
 def test_unknown_impl_is_refused():
-    with pytest.raises(ValueError, match=r"impl.*\['torch', 'reference'\].*'fast'"):
+    with pytest.raises(ValueError, match=r"impl.*\['triton', 'torch', 'reference'\].*'fast'"):
         attention_mass(*draw(), ROWS, impl="fast")
+
+
+def test_triton_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr("tokenseek_kernels.dispatch.is_interpreting", lambda: False)
+    with pytest.raises(ValueError, match=r"impl='triton' needs a tensor on .*'cuda'.*got one on 'cpu'.*impl='auto'"):
+        attention_mass(*draw(), ROWS, impl="triton")

@@ -104,6 +104,43 @@ def test_autocast_does_not_reach_inside(rule):
         assert torch.equal(causal_attention(query, key, value, **options), before)
 
 
+def test_the_log_sum_exp_is_given_where_it_is_free():
+    """Torch's kernels do not give it."""
+    query, key, value = draw()
+    for options in RULES.values():
+        output, lse = causal_attention(query, key, value, **options, return_lse=True)
+        assert lse is None
+        assert torch.equal(output, causal_attention(query, key, value, **options))
+
+
+def test_triton_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr("tokenseek_kernels.dispatch.is_interpreting", lambda: False)
+    query, key, value = draw()
+    rows = torch.arange(KEYS).expand(BATCH, KEYS)
+    needs_a_gpu = pytest.raises(ValueError, match=r"impl='triton' needs a tensor on .*'cuda'.*got one on 'cpu'")
+    with needs_a_gpu:
+        causal_attention(query, key, value, impl="triton")
+    with needs_a_gpu:
+        selected_attention(query, key, value, key.clone(), value.clone(), rows, impl="triton")
+    with pytest.raises(ValueError, match=r"impl.*\['triton', 'torch'\], got 'reference'"):
+        causal_attention(query, key, value, impl="reference")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [(torch.bfloat16, 256), (torch.float16, 256), (torch.float32, 64), (torch.float64, 32)],
+    ids=str,
+)
+def test_heads_too_large_for_triton_go_to_torch(monkeypatch, dtype, limit):
+    monkeypatch.setattr(scores_module, "resolve_impl", lambda impl, *_: "triton" if impl == "auto" else impl)
+    resolve = scores_module.resolve_attention_impl
+    fits, large = torch.empty(1, 1, 1, limit, dtype=dtype), torch.empty(1, 1, 1, limit + 1, dtype=dtype)
+    assert resolve("auto", fits, limit) == "triton"
+    assert resolve("auto", large) == resolve("auto", fits, limit + 1) == "torch"
+    # what is asked for by name is not replaced
+    assert resolve("triton", large) == "triton" and resolve("reference", fits) == "reference"
+
+
 def test_errors_name_the_value_and_the_next_step():
     query, key, value = draw()
     rows = torch.arange(KEYS).expand(BATCH, KEYS)

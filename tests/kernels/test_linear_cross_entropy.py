@@ -208,7 +208,7 @@ def test_saved_bytes_equal_the_formula(dtype):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_one_chunk_of_logits_is_alive(softcap):
     rows, vocabulary, chunk_rows = 64, 2**14, 8
-    options = (None, 1.0, softcap, -100, chunk_rows)
+    options = (None, 1.0, softcap, -100, chunk_rows, "torch")
     chunk = chunk_rows * vocabulary * 4
     # what belongs to rows (scalars and hidden states, each rounded up to 512 bytes)
     small = 16 * rows * DIM * 4
@@ -249,13 +249,14 @@ def test_opcheck(bias, contiguous):
     if not contiguous:
         hidden = hidden.T.contiguous().T
     offset = offset.detach() if bias else None
-    options = (0.5, 3.0, -100, 2)
+    options = (0.5, 3.0, -100, 2, "torch")
     ops = torch.ops.tokenseek
     torch.library.opcheck(ops.linear_cross_entropy_forward, (hidden, weight, targets, offset, *options))
     _, log_sum_exp = ops.linear_cross_entropy_forward(hidden, weight, targets, offset, *options)
     arguments = (upstream.float(), hidden, weight, targets, log_sum_exp, offset, *options)
     for needs in ((True, True, bias), (True, False, False), (False, True, False)):
         torch.library.opcheck(ops.linear_cross_entropy_backward, (*arguments, *needs))
+    torch.library.opcheck(ops.head_statistics, (hidden, weight, targets, offset, *options))
 
 
 def test_autocast_runs_in_its_dtype_and_keeps_no_copy_of_the_weight():

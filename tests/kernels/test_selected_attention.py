@@ -227,7 +227,7 @@ def test_opcheck(rule):
     query, *sinks = [leaf.detach() for leaf in (leaves[0], *leaves[3:])]
     segments = make_segments("left")
     sinks = sinks[0] if sinks else None
-    rule_args = (options.get("scale", 0.5), options.get("softcap"), options.get("window"), sinks)
+    rule_args = (options.get("scale", 0.5), options.get("softcap"), options.get("window"), sinks, "torch")
     torch.library.opcheck(_forward_op, (query, key, value, ROWS, segments, *rule_args))
     output, lse = _forward_op(query, key, value, ROWS, segments, *rule_args)
     torch.library.opcheck(_backward_op, (upstream, query, key, value, output, lse, ROWS, segments, *rule_args))

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import resolve_impl
-from ..scores import block_scores, log_sum_exp, row_blocks, visible, wide
+from ..scores import resolve_attention_impl
+from . import blocked
 from .reference import attention_mass_reference
 
 
@@ -18,24 +18,19 @@ def _mass_op(
     softcap: float | None,
     window: int | None,
     sinks: Tensor | None,
+    lse: Tensor | None,
+    impl: str,
 ) -> Tensor:
+    module = blocked
+    if impl == "triton":
+        from . import triton as module
     # sums are kept in float32; autocast would round them on the way
     with torch.autocast(query.device.type, enabled=False):
-        mass = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=query.device)
-        for block in row_blocks(query.shape[2], 8 * query.shape[0] * query.shape[1] * key.shape[2]):
-            seen = visible(rows[:, block], segments, key.shape[2], window)
-            scores = block_scores(query[:, :, block], key, seen, scale, softcap)
-            probabilities = scores.softmax(-1)
-            # a row that sees nothing gives no mass
-            weights = seen.any(-1)[:, None].to(scores.dtype).expand(scores.shape[:3])
-            if sinks is not None:
-                weights = weights * torch.sigmoid(log_sum_exp(scores, probabilities) - wide(sinks).view(1, -1, 1))
-            mass += (weights.unsqueeze(-2) @ probabilities).sum((1, 2))
-    return mass
+        return module.attention_mass(query, key, rows, segments, scale, softcap, window, sinks, lse)
 
 
 @_mass_op.register_fake
-def _(query, key, rows, segments, scale, softcap, window, sinks):
+def _(query, key, rows, segments, scale, softcap, window, sinks, lse, impl):
     return query.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
 
 
@@ -49,6 +44,7 @@ def attention_mass(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
+    lse: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """
@@ -61,7 +57,10 @@ def attention_mass(
         key (`torch.Tensor` of shape `(batch, kv_heads, keys, dim)`):
             All keys.
         rows (`torch.LongTensor` of shape `(batch, rows)`):
-            Index of each query in its sequence; -1 marks a slot that gives no mass.
+            Index of each query in its sequence, ascending; -1, anywhere, marks a slot that gives no mass.
+        lse (`torch.Tensor` of shape `(batch, heads, rows)`, *optional*):
+            Log-sum-exp of each query's scores, its sink counted, +inf where it sees nothing, as [`causal_attention`]
+            gives it. Spares the Triton kernel the first of two passes; on the CPU nothing is gained.
         segments, scale, softcap, window, sinks, impl:
             As in [`selected_attention`].
 
@@ -70,8 +69,12 @@ def attention_mass(
         what a sink takes); padding receives 0.
 
     Raises:
-        ValueError: `impl` is unknown.
+        ValueError: `lse` does not fit, or `impl` is unknown or cannot run here.
     """
+    if lse is not None and lse.shape != query.shape[:3]:
+        raise ValueError(f"`lse` {tuple(lse.shape)} must be (batch, heads, rows) of query {tuple(query.shape)}.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    call = attention_mass_reference if resolve_impl(impl, query) == "reference" else _mass_op
-    return call(query, key, rows, segments, scale, softcap, window, sinks)
+    impl = resolve_attention_impl(impl, query)
+    if impl == "reference":
+        return attention_mass_reference(query, key, rows, segments, scale, softcap, window, sinks)
+    return _mass_op(query, key, rows, segments, scale, softcap, window, sinks, lse, impl)

@@ -1,21 +1,23 @@
-"""Plain torch in which `[N, V]` logits never exist: one chunk at a time, worked on in place.
+"""`[N, V]` logits never exist: one chunk at a time. Here are the cuts and the products that follow a chunk.
 
 Forward and statistics cut the rows: a row's softmax is complete within its chunk. Backward knows the softmax's
 normaliser already, so it cuts the vocabulary: each row of the weight gradient is then finished by one matrix product,
 and needs neither an accumulator of the weight's size nor a second visit.
+
+What is made of a chunk is in `logits.py` (torch) and `triton.py`: the same three functions in both.
 """
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20
+from tokenseek_kernels.linear_cross_entropy import logits
+from tokenseek_kernels.linear_cross_entropy.logits import compute_dtype
 
-
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """float32, or float64 for float64 inputs: the type of the softmax, the loss and the statistics."""
-    return torch.promote_types(hidden.dtype, torch.float32)
+# So many columns, or a multiple: the rows of a chunk then begin where vector loads and matrix units like it.
+COLUMN_STEP = 64
 
 
 def forward(
@@ -27,21 +29,18 @@ def forward(
     softcap: float | None,
     ignore_index: int,
     chunk_rows: int | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp per row, each `[N]`. Alive at once: one chunk of logits and its low-precision original."""
+    """Loss and log-sum-exp per row, each `[N]`."""
+    on_chunk = _implementation(impl)
     loss = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
     log_sum_exp = torch.empty_like(loss)
     weight = weight.to(hidden.dtype)
     ignored = targets == ignore_index
-    columns = targets.masked_fill(ignored, 0)[:, None]
-    for rows in _slices(hidden.shape[0], chunk_rows or _default_rows(hidden, weight)):
-        logits = _logits(hidden[rows], weight, bias, logit_scale, softcap)
-        target_logits = logits.gather(1, columns[rows]).squeeze(1)
-        top, total = _exponentiate(logits)
-        log_sum_exp[rows] = top + total.log()
-        loss[rows] = log_sum_exp[rows] - target_logits
-        # else it would live until the next chunk exists; likewise below
-        del logits
+    classes = targets.masked_fill(ignored, 0)
+    for rows in _row_slices(hidden, weight, chunk_rows, on_chunk):
+        chunk = hidden[rows], weight, bias, classes[rows]
+        loss[rows], log_sum_exp[rows] = on_chunk.cross_entropy(*chunk, logit_scale, softcap)
     return loss.masked_fill_(ignored, 0.0), log_sum_exp
 
 
@@ -56,6 +55,7 @@ def backward(
     softcap: float | None,
     ignore_index: int,
     chunk_rows: int | None,
+    impl: str,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias, those that `needs` asks for.
@@ -64,31 +64,27 @@ def backward(
     coefficient 0 is not enough, as 0 * NaN is NaN, so its hidden state is replaced by 0 and its normaliser by
     infinity: its probabilities are then exactly 0.
     """
-    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    on_chunk = _implementation(impl)
     dropped = (targets == ignore_index) | (grad_loss == 0)
-    coefficient = (grad_loss * logit_scale).masked_fill(dropped, 0.0)[:, None]
-    normaliser = log_sum_exp.masked_fill(dropped, torch.inf)[:, None]
+    coefficient = (grad_loss * logit_scale).masked_fill(dropped, 0.0)
+    normaliser = log_sum_exp.masked_fill(dropped, torch.inf)
     hidden = hidden.masked_fill(dropped[:, None], 0.0)
 
     grad_hidden = hidden.new_zeros(hidden.shape, dtype=compute_dtype(hidden)) if needs[0] else None
     grad_weight = weight.new_empty(weight.shape) if needs[1] else None
     grad_bias = bias.new_empty(bias.shape) if needs[2] else None
-    chunk_size = (chunk_rows or _default_rows(hidden, weight)) * vocabulary
-    for columns in _slices(vocabulary, max(1, chunk_size // max(1, rows))):
+    for columns in _column_slices(hidden, weight, chunk_rows, on_chunk):
         part = weight[columns].to(hidden.dtype)
-        grad_logits = _logits(hidden, part, None if bias is None else bias[columns], logit_scale, softcap)
-        slope = _softcap_slope(grad_logits, softcap)
-        _subtract_one_hot(grad_logits.sub_(normaliser).exp_(), targets - columns.start).mul_(coefficient)
-        if slope is not None:
-            grad_logits.mul_(slope)
-        if needs[2]:
-            grad_bias[columns] = grad_logits.sum(0)
-        grad_logits = grad_logits.to(hidden.dtype)
+        chunk = hidden, part, None if bias is None else bias[columns], targets, columns.start
+        grad_logits = on_chunk.grad_logits(*chunk, normaliser, coefficient, logit_scale, softcap)
         if needs[0]:
             _add_product(grad_hidden, grad_logits, part)
         if needs[1]:
             _write_product(grad_weight[columns], grad_logits.T, hidden)
-        del grad_logits, slope
+        if needs[2]:
+            grad_bias[columns] = grad_logits.sum(0, dtype=compute_dtype(hidden))
+        # else it would live until the next chunk exists
+        del grad_logits
     return grad_hidden.to(hidden.dtype) if needs[0] else None, grad_weight, grad_bias
 
 
@@ -101,70 +97,59 @@ def head_statistics(
     softcap: float | None,
     ignore_index: int,
     chunk_rows: int | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, entropy and gradient norm, each `[N]`. Alive at once: two chunks of logits (three with a softcap)."""
+    """Loss, entropy and gradient norm, each `[N]`."""
+    on_chunk = _implementation(impl)
     loss = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
     entropy, norm = torch.empty_like(loss), torch.empty_like(loss)
     weight = weight.to(hidden.dtype)
     ignored = targets == ignore_index
-    columns = targets.masked_fill(ignored, 0)
-    for rows in _slices(hidden.shape[0], chunk_rows or _default_rows(hidden, weight)):
-        logits = _logits(hidden[rows], weight, bias, logit_scale, softcap)
-        target_logits = logits.gather(1, columns[rows, None]).squeeze(1)
-        slope = _softcap_slope(logits, softcap)
-        top, total = _exponentiate(logits)
-        loss[rows] = top + total.log() - target_logits
-        entropy[rows] = torch.special.entr(logits.div_(total[:, None])).sum(1)
-        _subtract_one_hot(logits, columns[rows])
-        if slope is not None:
-            logits.mul_(slope)
-        grad_hidden = logits.to(hidden.dtype) @ weight
-        norm[rows] = abs(logit_scale) * torch.linalg.vector_norm(grad_hidden, dim=1, dtype=norm.dtype)
-        del logits, slope
-    return loss.masked_fill_(ignored, 0.0), entropy, norm.masked_fill_(ignored, 0.0)
+    classes = targets.masked_fill(ignored, 0)
+    for rows in _row_slices(hidden, weight, chunk_rows, on_chunk):
+        chunk = hidden[rows], weight, bias, classes[rows]
+        loss[rows], entropy[rows], grad_logits = on_chunk.statistics(*chunk, logit_scale, softcap)
+        norm[rows] = torch.linalg.vector_norm(grad_logits @ weight, dim=1, dtype=norm.dtype)
+        # else it would live until the next chunk exists
+        del grad_logits
+    return loss.masked_fill_(ignored, 0.0), entropy, norm.mul_(abs(logit_scale)).masked_fill_(ignored, 0.0)
 
 
-def _default_rows(hidden: Tensor, weight: Tensor) -> int:
-    return max(1, CHUNK_BYTES // (weight.shape[0] * compute_dtype(hidden).itemsize))
+def _implementation(impl: str) -> ModuleType:
+    if impl == "torch":
+        return logits
+    # not before it is asked for: a machine without a GPU may have no Triton
+    from tokenseek_kernels.linear_cross_entropy import triton
+
+    return triton
+
+
+def _chunk_elements(hidden: Tensor, weight: Tensor, chunk_rows: int | None, on_chunk: ModuleType) -> int:
+    return on_chunk.chunk_elements(hidden) if chunk_rows is None else chunk_rows * weight.shape[0]
+
+
+def _row_slices(hidden: Tensor, weight: Tensor, chunk_rows: int | None, on_chunk: ModuleType) -> Iterator[slice]:
+    step = _chunk_elements(hidden, weight, chunk_rows, on_chunk) // weight.shape[0]
+    return _slices(hidden.shape[0], max(1, step))
+
+
+def _column_slices(hidden: Tensor, weight: Tensor, chunk_rows: int | None, on_chunk: ModuleType) -> Iterator[slice]:
+    step = _chunk_elements(hidden, weight, chunk_rows, on_chunk) // max(1, hidden.shape[0])
+    if step > COLUMN_STEP:
+        step -= step % COLUMN_STEP
+    return _slices(weight.shape[0], max(1, step))
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor:
-    """Fresh logits: the product in the dtype of its factors, everything after it in the compute dtype."""
-    logits = (hidden @ weight.T).to(compute_dtype(hidden))
-    if bias is not None:
-        logits.add_(bias)
-    if logit_scale != 1.0:
-        logits.mul_(logit_scale)
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
-
-
-def _softcap_slope(logits: Tensor, softcap: float | None) -> Tensor | None:
-    """d (softcap * tanh(z / softcap)) / dz, from the capped logits."""
-    return None if softcap is None else (logits / softcap).square_().neg_().add_(1.0)
-
-
-def _exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Replaces logits by exp(logits - top) in place; returns top and the row sums."""
-    top = logits.amax(1)
-    return top, logits.sub_(top[:, None]).exp_().sum(1)
-
-
-def _subtract_one_hot(probabilities: Tensor, columns: Tensor) -> Tensor:
-    """In place; rows whose column lies outside of this chunk stay as they are."""
-    last = probabilities.shape[1] - 1
-    inside = (columns >= 0) & (columns <= last)
-    minus_one = inside.to(probabilities.dtype).neg_()
-    return probabilities.scatter_add_(1, columns.clamp(0, last)[:, None], minus_one[:, None])
-
-
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, without a temporary where the dtypes allow it."""
+    """total += left @ right. Where the dtypes differ only NVIDIA's libraries can add without rounding the product."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
+    elif total.device.type == "cuda" and torch.version.hip is None:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left @ right)
 

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from tokenseek_kernels.dispatch import resolve_impl
 from tokenseek_kernels.linear_cross_entropy import chunked, reference
+from tokenseek_kernels.linear_cross_entropy.logits import compute_dtype
 
 
 class HeadStatistics(NamedTuple):
@@ -34,6 +35,7 @@ class _Options(NamedTuple):
     softcap: float | None
     ignore_index: int
     chunk_rows: int | None
+    impl: str
 
 
 @torch.library.custom_op("tokenseek::linear_cross_entropy_forward", mutates_args=())
@@ -46,13 +48,14 @@ def _forward(
     softcap: float | None,
     ignore_index: int,
     chunk_rows: int | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return chunked.forward(hidden, weight, targets, bias, logit_scale, softcap, ignore_index, chunk_rows)
+    return chunked.forward(hidden, weight, targets, bias, logit_scale, softcap, ignore_index, chunk_rows, impl)
 
 
 @_forward.register_fake
-def _(hidden, weight, targets, bias, logit_scale, softcap, ignore_index, chunk_rows):
-    loss = hidden.new_empty(hidden.shape[0], dtype=chunked.compute_dtype(hidden))
+def _(hidden, *others):
+    loss = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
     return loss, torch.empty_like(loss)
 
 
@@ -68,20 +71,41 @@ def _backward(
     softcap: float | None,
     ignore_index: int,
     chunk_rows: int | None,
+    impl: str,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = (needs_hidden, needs_weight, needs_bias)
-    options = (logit_scale, softcap, ignore_index, chunk_rows)
+    options = (logit_scale, softcap, ignore_index, chunk_rows, impl)
     gradients = chunked.backward(grad_loss, hidden, weight, targets, log_sum_exp, bias, *options, needs)
     return tuple(hidden.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 @_backward.register_fake
-def _(grad_loss, hidden, weight, targets, log_sum_exp, bias, logit_scale, softcap, ignore_index, chunk_rows, *needs):
-    inputs = zip((hidden, weight, bias), needs, strict=True)
+def _(grad_loss, hidden, weight, targets, log_sum_exp, bias, *options_and_needs):
+    inputs = zip((hidden, weight, bias), options_and_needs[-3:], strict=True)
     return tuple(tensor.new_empty(tensor.shape) if needed else hidden.new_empty(0) for tensor, needed in inputs)
+
+
+@torch.library.custom_op("tokenseek::head_statistics", mutates_args=())
+def _statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    chunk_rows: int | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return chunked.head_statistics(hidden, weight, targets, bias, logit_scale, softcap, ignore_index, chunk_rows, impl)
+
+
+@_statistics.register_fake
+def _(hidden, *others):
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden)) for _ in range(3))
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
@@ -143,21 +167,23 @@ def linear_cross_entropy(
         ignore_index (`int`, *optional*, defaults to -100):
             Target of the rows that have no loss.
         chunk_rows (`int`, *optional*):
-            Rows of logits held at once. By default as many as fit in 64 MiB. Backward holds as many elements.
+            Rows of logits held at once. By default as many as fit in 64 MiB of float32, or with Triton in 128 MiB of
+            the dtype of `hidden`. Backward holds as many elements.
         impl (`str`, *optional*, defaults to `"auto"`):
-            `"auto"`, `"torch"` (chunked) or `"reference"` (dense).
+            `"triton"` (default on GPUs; `logit_scale` and `softcap` are compiled in), `"torch"` (default elsewhere) or
+            `"reference"` (dense).
 
     Returns:
         `torch.Tensor`: Loss in nats, float32 `[N]` (float64 for float64 inputs), 0 at ignored rows.
 
     Raises:
         ValueError: On shapes or dtypes that do not fit together, `chunk_rows` below 1, `softcap` not above 0, or an
-            unknown `impl`.
+            `impl` that is unknown or cannot run on this device.
     """
     hidden = _to_autocast_dtype(hidden)
     _check(hidden, weight, targets, bias, softcap, chunk_rows)
-    options = _Options(logit_scale, softcap, ignore_index, chunk_rows)
-    if resolve_impl(impl, hidden) == "reference":
+    options = _Options(logit_scale, softcap, ignore_index, chunk_rows, resolve_impl(impl, hidden))
+    if options.impl == "reference":
         return reference.linear_cross_entropy(hidden, weight, targets, bias, *options[:3])
     return LinearCrossEntropyFunction.apply(hidden, weight, bias, targets, options)
 
@@ -184,10 +210,10 @@ def head_statistics(
     """
     hidden = _to_autocast_dtype(hidden)
     _check(hidden, weight, targets, bias, softcap, chunk_rows)
-    options = _Options(logit_scale, softcap, ignore_index, chunk_rows)
-    if resolve_impl(impl, hidden) == "reference":
+    options = _Options(logit_scale, softcap, ignore_index, chunk_rows, resolve_impl(impl, hidden))
+    if options.impl == "reference":
         return HeadStatistics(*reference.head_statistics(hidden, weight, targets, bias, *options[:3]))
-    return HeadStatistics(*chunked.head_statistics(hidden, weight, targets, bias, *options))
+    return HeadStatistics(*_statistics(hidden, weight, targets, bias, *options))
 
 
 def _to_autocast_dtype(hidden: Tensor) -> Tensor:
@@ -226,4 +252,4 @@ def _check(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"`softcap` must be above 0, got {softcap}. Use `None` for uncapped logits.")
     if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"`chunk_rows` must be at least 1, got {chunk_rows}. Use `None` for chunks of 64 MiB.")
+        raise ValueError(f"`chunk_rows` must be at least 1, got {chunk_rows}. Use `None` for the default.")

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..scores import block_scores, group_heads, log_sum_exp, row_blocks, visible, wide
+from ..scores import block_scores, group_heads, log_sum_exp, row_blocks, visible, wide, wide_dtype
 
 
 def selected_attention_forward(query, key, value, rows, segments, scale, softcap, window, sinks):
@@ -15,7 +15,7 @@ def selected_attention_forward(query, key, value, rows, segments, scale, softcap
     """
     batch, heads, n_rows, _ = query.shape
     output = query.new_empty(batch, n_rows, heads, value.shape[-1])
-    lse = torch.empty(batch, heads, n_rows, dtype=lse_dtype(query), device=query.device)
+    lse = torch.empty(batch, heads, n_rows, dtype=wide_dtype(query), device=query.device)
     flash = _has_flash(query, value, softcap)
     attend = _flash_block if flash else _dense_block
     # the flash kernel needs one additive mask for all heads, the dense one float32 scores a head
@@ -31,11 +31,6 @@ def selected_attention_forward(query, key, value, rows, segments, scale, softcap
         output[:, block] = out.transpose(1, 2)
         lse[:, :, block] = part.masked_fill(~seen.any(-1)[:, None], float("inf"))
     return output, lse
-
-
-def lse_dtype(query: torch.Tensor) -> torch.dtype:
-    """Log-sum-exp is kept in float32, or float64 for float64 inputs."""
-    return torch.promote_types(query.dtype, torch.float32)
 
 
 def _has_flash(query: torch.Tensor, value: torch.Tensor, softcap: float | None) -> bool:
@@ -66,7 +61,8 @@ def selected_attention_backward(grad, query, key, value, output, lse, rows, segm
     """
     batch, heads, n_rows, _ = query.shape
     kv_heads, n_keys = key.shape[1], key.shape[2]
-    d_query = torch.empty_like(query)
+    # in the layout of the projections behind it, as the output is
+    d_query = query.new_empty(batch, n_rows, heads, query.shape[-1]).transpose(1, 2)
     d_key = key.new_zeros(batch, kv_heads, n_rows, key.shape[-1], dtype=lse.dtype)
     d_value = value.new_zeros(batch, kv_heads, n_rows, value.shape[-1], dtype=lse.dtype)
     d_sinks = grad.new_zeros(0 if sinks is None else heads, dtype=lse.dtype)

@@ -4,10 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import resolve_impl
-from ..scores import row_blocks
+from ..scores import resolve_attention_impl, row_blocks, wide_dtype
 from . import blocked
 from .reference import selected_attention_reference
+
+
+def _module_of(impl: str):
+    """The module with the two functions of an implementation; Triton is imported when it is asked for."""
+    if impl == "triton":
+        from . import triton
+
+        return triton
+    return blocked
 
 
 @torch.library.custom_op("tokenseek::selected_attention_forward", mutates_args=())
@@ -21,18 +29,19 @@ def _forward_op(
     softcap: float | None,
     window: int | None,
     sinks: Tensor | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     # the op keeps its sums in float32 itself; autocast would round them on the way
     with torch.autocast(query.device.type, enabled=False):
-        return blocked.selected_attention_forward(query, key, value, rows, segments, scale, softcap, window, sinks)
+        forward = _module_of(impl).selected_attention_forward
+        return forward(query, key, value, rows, segments, scale, softcap, window, sinks)
 
 
 @_forward_op.register_fake
-def _(query, key, value, rows, segments, scale, softcap, window, sinks):
+def _(query, key, value, rows, segments, scale, softcap, window, sinks, impl):
     batch, heads, n_rows, _ = query.shape
-    return query.new_empty(batch, n_rows, heads, value.shape[-1]), query.new_empty(
-        batch, heads, n_rows, dtype=blocked.lse_dtype(query)
-    )
+    output = query.new_empty(batch, n_rows, heads, value.shape[-1])
+    return output, query.new_empty(batch, heads, n_rows, dtype=wide_dtype(query))
 
 
 @torch.library.custom_op("tokenseek::selected_attention_backward", mutates_args=())
@@ -49,18 +58,18 @@ def _backward_op(
     softcap: float | None,
     window: int | None,
     sinks: Tensor | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):
-        return blocked.selected_attention_backward(
-            grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks
-        )
+        backward = _module_of(impl).selected_attention_backward
+        return backward(grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks)
 
 
 @_backward_op.register_fake
-def _(grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks):
+def _(grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks, impl):
     batch, heads, n_rows, dim = query.shape
     return (
-        torch.empty_like(query),
+        query.new_empty(batch, n_rows, heads, dim).transpose(1, 2),
         key.new_empty(batch, key.shape[1], n_rows, dim),
         value.new_empty(batch, value.shape[1], n_rows, value.shape[-1]),
         lse.new_empty(0 if sinks is None else heads),
@@ -84,12 +93,12 @@ class _SelectedAttention(torch.autograd.Function):
     """Saves query, output, log-sum-exp and *references* to scouted keys and values; nothing of size rows x keys."""
 
     @staticmethod
-    def forward(ctx, query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, sinks):
+    def forward(ctx, query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, sinks, impl):
         overlay_(key, fresh_key, rows)
         overlay_(value, fresh_value, rows)
-        output, lse = _forward_op(query, key, value, rows, segments, scale, softcap, window, sinks)
+        output, lse = _forward_op(query, key, value, rows, segments, scale, softcap, window, sinks, impl)
         ctx.save_for_backward(query, key, value, output, lse, rows, segments, sinks)
-        ctx.plain = scale, softcap, window
+        ctx.plain, ctx.impl = (scale, softcap, window), impl
         return output
 
     @staticmethod
@@ -97,10 +106,10 @@ class _SelectedAttention(torch.autograd.Function):
         query, key, value, output, lse, rows, segments, sinks = ctx.saved_tensors
         scale, softcap, window = ctx.plain
         d_query, d_key, d_value, d_sinks = _backward_op(
-            grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks
+            grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks, ctx.impl
         )
         d_sinks = None if sinks is None else d_sinks.to(sinks.dtype)
-        return d_query, d_key, d_value, None, None, None, None, None, None, None, d_sinks
+        return d_query, d_key, d_value, None, None, None, None, None, None, None, d_sinks, None
 
 
 def selected_attention(
@@ -145,20 +154,24 @@ def selected_attention(
         sinks (`torch.Tensor` of shape `(heads,)`, *optional*):
             gpt-oss's learned sink logit a head.
         impl (`str`, *optional*, defaults to `"auto"`):
-            `"auto"`, `"torch"` or `"reference"` (which leaves `key` and `value` as they are).
+            `"auto"` (Triton on a GPU, torch on the CPU and for heads that the Triton kernels cannot hold in registers:
+            above 256 in 16 bits, above 64 in float32), `"triton"`, `"torch"` or `"reference"` (which leaves `key` and
+            `value` as they are).
 
     Returns:
         `torch.Tensor` of shape `(batch, rows, heads, value_dim)`, contiguous; zeros in empty slots.
 
     Raises:
-        ValueError: shapes do not fit together, `key` or `value` ask for a gradient, or `impl` is unknown.
+        ValueError: shapes do not fit together, `key` or `value` ask for a gradient, or `impl` is unknown or cannot run
+            here.
     """
     _check(query, fresh_key, fresh_value, key, value, rows, segments, window)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    call = _SelectedAttention.apply
-    if resolve_impl(impl, query) == "reference":
-        call = selected_attention_reference
-    return call(query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, sinks)
+    arguments = (query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, sinks)
+    impl = resolve_attention_impl(impl, query, value.shape[-1])
+    if impl == "reference":
+        return selected_attention_reference(*arguments)
+    return _SelectedAttention.apply(*arguments, impl)
 
 
 def _check(query, fresh_key, fresh_value, key, value, rows, segments, window):
@@ -184,24 +197,66 @@ def _check(query, fresh_key, fresh_value, key, value, rows, segments, window):
         raise ValueError(f"`segments` {tuple(segments.shape)} must be (batch, keys) of key {tuple(key.shape)}.")
 
 
-def causal_attention(query, key, value, segments=None, *, scale=None, softcap=None, window=None, sinks=None) -> Tensor:
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """
     Attention of *all* rows under the same rule on positions, without gradient: what the scouting pass runs.
 
     Takes torch's own fused attention where nothing but causality applies (bit for bit what `sdpa` models compute);
-    otherwise blocks of rows that read only the keys a causal row can see. Arguments as in [`selected_attention`].
+    otherwise one launch of the Triton kernel, or on the CPU blocks of rows that read only the keys a causal row can
+    see.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, n, dim)`):
+            Queries of all rows.
+        key, value (`torch.Tensor` of shape `(batch, kv_heads, n, dim)`, `(..., value_dim)`):
+            Their keys and values.
+        segments, scale, softcap, window, sinks:
+            As in [`selected_attention`].
+        return_lse (`bool`, *optional*, defaults to `False`):
+            Whether to return the log-sum-exp as well, which saves [`attention_mass`] half of its products.
+        impl (`str`, *optional*, defaults to `"auto"`):
+            `"auto"`, `"triton"` or `"torch"`: what runs where torch's fused attention does not apply.
 
     Returns:
-        `torch.Tensor` of shape `(batch, rows, heads, value_dim)`.
+        `torch.Tensor` of shape `(batch, n, heads, value_dim)`; with `return_lse` a pair of it and the log-sum-exp, a
+        `torch.FloatTensor` of shape `(batch, heads, n)`, or `None` unless the Triton kernel ran, which has it
+        anyway.
+
+    Raises:
+        ValueError: `impl` is unknown or cannot run here.
     """
     batch, heads, n, dim = query.shape
     scale = dim**-0.5 if scale is None else scale
+    impl = resolve_attention_impl(impl, query, value.shape[-1], ("triton", "torch"))
+    lse = None
     if segments is None and softcap is None and sinks is None and (window is None or window >= n):
         grouped = heads != key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=n > 1, scale=scale, enable_gqa=grouped)
-        return out.transpose(1, 2).contiguous()
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=n > 1, scale=scale, enable_gqa=grouped)
+        output = output.transpose(1, 2).contiguous()
+    elif impl == "triton":
+        rows = torch.arange(n, device=query.device).expand(batch, n)
+        output, lse = _forward_op(query, key, value, rows, segments, scale, softcap, window, sinks, impl)
+    else:
+        output = _causal_blocks(query, key, value, segments, scale, softcap, window, sinks)
+    return (output, lse) if return_lse else output
+
+
+def _causal_blocks(query, key, value, segments, scale, softcap, window, sinks) -> Tensor:
+    batch, heads, n, _ = query.shape
     output = query.new_empty(batch, n, heads, value.shape[-1])
-    index = torch.arange(n, device=query.device).expand(batch, n)
+    rows = torch.arange(n, device=query.device).expand(batch, n)
     for block in row_blocks(n, 8 * batch * heads * n):
         keys = slice(0, block.stop)
         part = None if segments is None else segments[:, keys]
@@ -209,11 +264,12 @@ def causal_attention(query, key, value, segments=None, *, scale=None, softcap=No
             query[:, :, block],
             key[:, :, keys],
             value[:, :, keys],
-            index[:, block],
+            rows[:, block],
             part,
             scale,
             softcap,
             window,
             sinks,
+            "torch",
         )[0]
     return output

@@ -1,0 +1,152 @@
+"""
+What the attention kernels share, in registers: the rule on positions of `scores.visible`, and the scores.
+
+Scores are in units of log2, where the GPU's exponential lives: host functions hand over `scale` and `softcap` times
+log2(e).
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(math.log2(math.e))
+NEVER = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def load_tile(matrix, stride, index, keep, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """
+    Rows `index` of a matrix, [index, BLOCK_DIM]: zeros behind DIM and where `keep` is false (None keeps all). Every
+    row starts at a multiple of 16 bytes.
+    """
+    column = tl.arange(0, BLOCK_DIM)[None, :]
+    pointers = tl.multiple_of(matrix + index[:, None] * stride + column, [1, 16])
+    mask = None
+    if DIM != BLOCK_DIM:
+        mask = column < DIM
+    if keep is not None:
+        mask = keep[:, None] if mask is None else mask & keep[:, None]
+    return tl.load(pointers, mask=mask, other=None if mask is None else 0.0)
+
+
+@triton.jit
+def store_tile(matrix, stride, index, keep, tile, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """
+    Writes rows `index` of a matrix where `keep` is true, in its dtype. It starts at a multiple of 16 bytes, and rows
+    are a multiple of DIM apart.
+    """
+    column = tl.arange(0, BLOCK_DIM)[None, :]
+    pointers = matrix + index[:, None] * stride + column
+    if DIM % 16 == 0:
+        pointers = tl.multiple_of(pointers, [1, 16])
+    tl.store(pointers, tile.to(matrix.dtype.element_ty), mask=keep[:, None] & (column < DIM))
+
+
+@triton.jit
+def positions_of(rows, slot, n_rows):
+    """Position of every slot, -1 for empty ones and behind the last."""
+    return tl.load(rows + slot, mask=slot < n_rows, other=-1).to(tl.int32)
+
+
+@triton.jit
+def segments_of(segments, position, exists, PADDING: tl.constexpr):
+    """Document number at every position; padding is PADDING, another for queries than for keys, so that none match."""
+    document = None
+    if segments is not None:
+        document = tl.load(segments + position, mask=exists, other=PADDING).to(tl.int32)
+        document = tl.where(document < 0, PADDING, document)
+    return document
+
+
+@triton.jit
+def visible(query, own, key, document, window, KEY_AXIS: tl.constexpr):
+    """Who sees whom: [queries, keys], or [keys, queries] where KEY_AXIS is 0. `own` = documents of the queries."""
+    QUERY_AXIS: tl.constexpr = 1 - KEY_AXIS
+    # a vector that runs along an axis is expanded at the other one
+    query, key = tl.expand_dims(query, KEY_AXIS), tl.expand_dims(key, QUERY_AXIS)
+    seen = key <= query
+    if window is not None:
+        seen = seen & (key > query - window)
+    if own is not None:
+        seen = seen & (tl.expand_dims(document, QUERY_AXIS) == tl.expand_dims(own, KEY_AXIS))
+    return seen
+
+
+@triton.jit
+def softcapped(products, scale, softcap):
+    """`softcap * tanh(scale * product / softcap)`."""
+    scores = products * scale
+    if softcap is not None:
+        scores = softcap * (2 * tl.sigmoid(scores * (2 / softcap)) - 1)
+    return scores
+
+
+@triton.jit
+def softcap_slope(scores, softcap):
+    """Slope of the softcap, `1 - tanh^2`, from its result."""
+    share = scores / softcap
+    return 1 - share * share
+
+
+@triton.jit
+def extent(numbers):
+    """Smallest and largest of the numbers that are not negative; `None` twice without numbers."""
+    lowest, highest = None, None
+    if numbers is not None:
+        lowest, highest = tl.min(tl.where(numbers >= 0, numbers, NEVER)), tl.max(numbers)
+    return lowest, highest
+
+
+@triton.jit
+def keys_read(first, last, segments, window, BLOCK: tl.constexpr):
+    """
+    `(begin, whole_begin, whole_end, end)`: the keys that queries from `first` to `last` read. All of them, empty slots
+    aside, see every key between the inner two, so that the rule is needed in the margins only; the first three are
+    multiples of BLOCK.
+    """
+    begin = 0
+    if window is not None:
+        begin = tl.maximum(first - window + 1, 0) // BLOCK * BLOCK
+    whole_begin = begin
+    whole_end = begin
+    if segments is None:
+        if window is not None:
+            whole_begin = tl.maximum(begin, tl.cdiv(tl.maximum(last - window + 1, 0), BLOCK) * BLOCK)
+        whole_end = tl.maximum(whole_begin, (tl.minimum(first, last) + 1) // BLOCK * BLOCK)
+    return begin, whole_begin, whole_end, last + 1
+
+
+@triton.jit
+def in_reach(key, document, first, last, lowest, highest, window):
+    """
+    Which keys queries from `first` to `last` of documents from `lowest` to `highest` read: all that one of them sees,
+    and none of padding, of the future, in front of the window, of other documents. (Weight 0 is no cure for a NaN.)
+    """
+    reached = key <= last
+    if window is not None:
+        reached = reached & (key > first - window)
+    if lowest is not None:
+        reached = reached & (document >= lowest) & (document <= highest)
+    return reached
+
+
+@triton.jit
+def first_slot_from(rows, n_rows, position, BLOCK: tl.constexpr):
+    """The first slot whose row is at `position` or behind it; `n_rows` where there is none."""
+    found = n_rows
+    for start in range(0, n_rows, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        found = tl.minimum(found, tl.min(tl.where(positions_of(rows, slot, n_rows) >= position, slot, n_rows)))
+    return found
+
+
+@triton.jit
+def slots_before(rows, n_rows, position, BLOCK: tl.constexpr):
+    """How many slots there are up to the last row in front of `position`."""
+    found = 0
+    for start in range(0, n_rows, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        own = positions_of(rows, slot, n_rows)
+        found = tl.maximum(found, tl.max(tl.where((own >= 0) & (own < position), slot + 1, 0)))
+    return found
