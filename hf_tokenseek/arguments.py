@@ -9,16 +9,16 @@ from .seek import SeekConfig
 
 
 @dataclass
-class TokenSeekArguments(TrainingArguments):
+class MethodArguments:
     """
-    [`~transformers.TrainingArguments`] with a field for each method of hf_tokenseek.
-
-    > Parameters that control token selection
+    The fields of all methods, to be put before [`~transformers.TrainingArguments`] or a subclass of it.
 
     Args:
         seek ([`SeekConfig`], `dict` or `str`, *optional*, defaults to `"true"`):
             TokenSeek's configuration: a config, its fields, their JSON (command line: `--seek '{"context": 0.2}'`), or
             `true` / `false`. `None` and `false` turn it off: plain training.
+        lean (`bool`, *optional*, defaults to `False`):
+            Swap norms, MLPs and LoRA layers for exact ones that save less for backward.
 
     Raises:
         ValueError: a field of `seek` is unknown or outside its allowed set.
@@ -30,6 +30,11 @@ class TokenSeekArguments(TrainingArguments):
         metadata={"help": "TokenSeek's configuration as JSON, e.g. '{\"context\": 0.2}', or true / false."},
     )
 
+    lean: bool = field(
+        default=False,
+        metadata={"help": "Swap norms, MLPs and LoRA layers for exact ones that save less for backward."},
+    )
+
     def __post_init__(self):
         self.seek = SeekConfig.parse(self.seek)
         super().__post_init__()
@@ -37,3 +42,21 @@ class TokenSeekArguments(TrainingArguments):
     def to_dict(self) -> dict[str, Any]:
         """As in [`~transformers.TrainingArguments`], with `seek` as a `dict`."""
         return {**super().to_dict(), "seek": None if self.seek is None else asdict(self.seek)}
+
+
+@dataclass
+class TokenSeekArguments(MethodArguments, TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] with the fields of [`MethodArguments`].
+
+    > Parameters that control token selection
+
+    Args:
+        seek ([`SeekConfig`], `dict` or `str`, *optional*, defaults to `"true"`):
+            TokenSeek's configuration; `None` and `false` turn it off.
+        lean (`bool`, *optional*, defaults to `False`):
+            Swap norms, MLPs and LoRA layers for exact ones that save less for backward.
+
+    Raises:
+        ValueError: a field of `seek` is unknown or outside its allowed set.
+    """

@@ -61,23 +61,35 @@ class Attachment:
 
     Args:
         seek ([`SeekHandle`], *optional*): the attached TokenSeek.
+        lean ([`LeanHandle`], *optional*): the lean layers.
     """
 
-    def __init__(self, seek=None):
-        self.seek = seek
+    def __init__(self, seek=None, lean=None):
+        self.seek, self.lean = seek, lean
 
     @property
     def selection(self):
-        """`torch.LongTensor` of shape `(batch, k)`: rows of the last training forward, ascending, -1 padded."""
+        """
+        `torch.LongTensor` of shape `(batch, k)`: rows of the last training forward, ascending, -1 padded.
+
+        Raises:
+            ValueError: TokenSeek is not attached.
+        """
+        if self.seek is None:
+            raise ValueError("There is no selection: TokenSeek is not attached. Call attach(model, seek=True).")
         return self.seek.selection
 
     def report(self) -> str:
         """The table of what was swapped, and what the last micro-batch cost."""
-        return self.seek.report()
+        return "\n".join(handle.report() for handle in self._handles())
 
     def undo(self) -> None:
         """Takes everything back."""
-        self.seek.undo()
+        for handle in self._handles():
+            handle.undo()
+
+    def _handles(self) -> list:
+        return [handle for handle in (self.seek, self.lean) if handle is not None]
 
     def __enter__(self) -> "Attachment":
         return self
@@ -86,12 +98,12 @@ class Attachment:
         self.undo()
 
 
-def attach(model: nn.Module, *, seek=None) -> Attachment:
+def attach(model: nn.Module, *, seek=None, lean: bool = False) -> Attachment:
     """
     Attaches methods to a model for plain training loops.
 
     ```python
-    with attach(model, seek=SeekConfig(context=0.2)) as handle:
+    with attach(model, seek=SeekConfig(context=0.2), lean=True) as handle:
         loss = model(**batch).loss
         loss.backward()
         print(handle.report())
@@ -102,6 +114,8 @@ def attach(model: nn.Module, *, seek=None) -> Attachment:
             The model; its instance is patched, never its class.
         seek ([`SeekConfig`], `dict` or `bool`, *optional*):
             TokenSeek's configuration; `True` for the defaults.
+        lean (`bool`, *optional*, defaults to `False`):
+            Swap norms, MLPs and LoRA layers for exact ones that save less.
 
     Returns:
         [`Attachment`]: with `selection`, `report()` and `undo()`.
@@ -109,10 +123,20 @@ def attach(model: nn.Module, *, seek=None) -> Attachment:
     Raises:
         ValueError: nothing is to be attached, the model is not supported, or it is attached already.
     """
+    from .lean import LeanHandle
     from .seek import SeekConfig
     from .seek.attach import SeekHandle
 
     config = SeekConfig.parse(seek)
-    if config is None:
-        raise ValueError("attach() got no method to attach. Pass seek=SeekConfig() or seek=True.")
-    return Attachment(SeekHandle(model, config))
+    if config is None and not lean:
+        raise ValueError("attach() got no method to attach. Pass seek=SeekConfig(), seek=True or lean=True.")
+    attached = Attachment()
+    try:
+        if config is not None:
+            attached.seek = SeekHandle(model, config)
+        if lean:
+            attached.lean = LeanHandle(model)
+    except ValueError:
+        attached.undo()
+        raise
+    return attached

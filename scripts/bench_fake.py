@@ -11,7 +11,14 @@ from tokenseek_kernels.attention_mass import function as mass
 from tokenseek_kernels.linear_cross_entropy import function as loss
 from tokenseek_kernels.selected_attention import function as attention
 
-OPERATORS = (mass._mass_op, loss._forward, loss._backward, attention._forward_op, attention._backward_op)
+OPERATORS = (
+    mass._mass_op,
+    loss._forward,
+    loss._backward,
+    loss._statistics,
+    attention._forward_op,
+    attention._backward_op,
+)
 BODIES = {operator._opoverload: operator._init_fn for operator in OPERATORS}
 
 

@@ -28,7 +28,7 @@ from hf_tokenseek import attach
 from recipes.data import PadCollator
 from recipes.models import load_smollm2
 
-FULL_RATES, LORA_RATES = (1e-4, 2e-4), (1e-3, 2e-3)
+FULL_RATES, LORA_RATES = (1e-4, 2e-4, 4e-4), (1e-3, 2e-3, 4e-3)
 
 
 @dataclass(frozen=True)

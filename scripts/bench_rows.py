@@ -23,6 +23,7 @@ class Row:
         checkpointing (`bool`): gradient checkpointing, not reentrant.
         chunked_loss (`bool`): head and loss in chunks of rows; otherwise the model's own loss over all logits.
         seek ([`SeekConfig`], *optional*): TokenSeek's configuration.
+        lean (`bool`): lean layers.
         labelled (`float`): share of the tokens that are labels, at the end of each sequence; 1 labels everything.
     """
 
@@ -30,6 +31,7 @@ class Row:
     checkpointing: bool = False
     chunked_loss: bool = False
     seek: SeekConfig | None = None
+    lean: bool = False
     labelled: float = 1.0
 
 
@@ -37,8 +39,11 @@ PLAIN = Row("plain")
 CHUNKED = Row("plain + chunked loss", chunked_loss=True)
 CHECKPOINTING = Row("checkpointing", checkpointing=True)
 CHECKPOINTING_CHUNKED = Row("checkpointing + chunked loss", checkpointing=True, chunked_loss=True)
-BASELINES = (PLAIN, CHECKPOINTING, CHECKPOINTING_CHUNKED)
+LEAN, LEAN_CHUNKED = Row("lean", lean=True), Row("lean + chunked loss", lean=True, chunked_loss=True)
+# what bench_step compares TokenSeek with
+BASELINES = (PLAIN, CHECKPOINTING, CHECKPOINTING_CHUNKED, LEAN)
 SEEK_10, SEEK_10_CHECKPOINTING = "seek ratio 0.1", "seek ratio 0.1 + checkpointing"
+SEEK_10_LEAN = "seek ratio 0.1 + lean"
 
 
 def seek_rows(score: str) -> tuple[Row, ...]:
@@ -49,6 +54,7 @@ def seek_rows(score: str) -> tuple[Row, ...]:
         Row("seek ratio 0.3", seek=SeekConfig(ratio=0.3, score=score)),
         Row("seek default, 5 % labels", seek=SeekConfig(), labelled=0.05),
         Row(SEEK_10_CHECKPOINTING, checkpointing=True, seek=tenth),
+        Row(SEEK_10_LEAN, seek=tenth, lean=True),
     )
 
 
@@ -59,8 +65,8 @@ def prepared(model: nn.Module, row: Row) -> Iterator[None]:
         if row.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             undo.callback(model.gradient_checkpointing_disable)
-        if row.seek is not None:
-            undo.enter_context(attach(model, seek=row.seek))
+        if row.seek is not None or row.lean:
+            undo.enter_context(attach(model, seek=row.seek, lean=row.lean))
         yield
 
 

@@ -28,7 +28,7 @@ from bench_common import (
     judge,
     markdown_table,
 )
-from bench_rows import BASELINES, CHECKPOINTING, PLAIN, SEEK_10, Row, forward_loss, label, prepared, seek_rows
+from bench_rows import BASELINES, CHECKPOINTING, LEAN, PLAIN, SEEK_10, Row, forward_loss, label, prepared, seek_rows
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -130,6 +130,7 @@ def bars(cells: dict[str, dict]) -> list[Bar]:
         Bar(f"{where} step / plain", ratio_of(figures, SEEK_10, PLAIN.name).median, 0.40),
         Bar(f"{where} step / checkpointing", ratio_of(figures, SEEK_10, CHECKPOINTING.name).median, 0.45),
         Bar(f"{where} saved / plain", saved_mib / plain_mib, 0.14),
+        Bar(f"{LEAN.name}, {BARS_AT}: step / plain", ratio_of(figures, LEAN.name, PLAIN.name).median, 1.02),
     ]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
@@ -61,12 +61,15 @@ class MemoryCallback(LoggedMetrics):
         self._reset_peak()
         reason = _why_not_wrapped(args)
         if reason is None:
-            self._saved = SavedActivations(model)
-            self._forward = PatchedForward(model, self._measure)
+            self._wrap(model)
         else:
             logger.warning(f"MemoryCallback counts neither saved activations nor tokens: {reason}")
 
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
+    def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
+        # a callback behind this one may have gone around the forward when training began
+        if self._forward is not None and model is not None and model.forward is not self._forward.forward:
+            self._unwrap()
+            self._wrap(model)
         self._tokens = 0
         self._step_began = time.perf_counter()
 
@@ -113,6 +116,10 @@ class MemoryCallback(LoggedMetrics):
         window.saved_bytes = max(window.saved_bytes or 0, self._saved.bytes)
         window.pause_until = time.perf_counter() + self._saved.tensors * SECONDS_PER_TENSOR / SHARE_OF_TIME
         return output
+
+    def _wrap(self, model: nn.Module) -> None:
+        self._saved = SavedActivations(model)
+        self._forward = PatchedForward(model, self._measure)
 
     def _unwrap(self) -> None:
         if self._forward is not None:

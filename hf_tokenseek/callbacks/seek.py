@@ -1,6 +1,5 @@
 """TokenSeek in any `Trainer`, as a callback."""
 
-import torch
 from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -8,6 +7,7 @@ from transformers.utils import logging
 from ..patching import find_causal_lm
 from ..seek import SeekConfig
 from ..seek.attach import SeekHandle
+from ..seek.trl import refuse_trl_arguments
 from .logging import LoggedMetrics
 
 logger = logging.get_logger(__name__)
@@ -40,12 +40,12 @@ class SeekCallback(LoggedMetrics):
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
         refuse_arguments(args)
+        refuse_trl_arguments(args, self.config, model)
         self._attach(model)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        if self._attach(model):
-            # `model_init` has made the model after `__init__`: accelerate's autocast is already below the patch
-            self.handle.autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        # `model_init` may have made another model, trl has replaced the forward of this one
+        self._attach(model)
         self._described = False
         if state.is_local_process_zero:
             print(self.handle.swapped(), flush=True)
@@ -72,13 +72,11 @@ class SeekCallback(LoggedMetrics):
         """
         return {} if self.handle is None else self.handle.metrics.read(reset)
 
-    def _attach(self, model: nn.Module) -> bool:
-        """Whether the model was not known before."""
+    def _attach(self, model: nn.Module) -> None:
         if self.handle is not None and self.handle.model is find_causal_lm(model):
             self.handle.resume()
-            return False
-        self.handle = SeekHandle(model, self.config)
-        return True
+        else:
+            self.handle = SeekHandle(model, self.config)
 
 
 def refuse_arguments(args: TrainingArguments) -> None:

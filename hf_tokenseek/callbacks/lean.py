@@ -1,0 +1,49 @@
+"""Lean layers in any `Trainer`, as a callback."""
+
+from transformers import TrainerCallback
+
+from ..lean import LeanHandle
+
+
+class LeanCallback(TrainerCallback):
+    """
+    Trains with lean layers in any `Trainer`: exact norms, MLPs and LoRA layers that save less for backward.
+
+    ```python
+    trainer = Trainer(model, args, train_dataset=dataset, callbacks=[LeanCallback()])
+    ```
+
+    The layers are swapped when the trainer is built (before accelerate wraps the model) and given back when training
+    ends; what was swapped is printed as a table. Works alone, with gradient checkpointing, and with TokenSeek.
+
+    Raises:
+        ValueError: the model has no layer that can be made lean, or `use_liger_kernel` has replaced them already.
+    """
+
+    def __init__(self):
+        self.handle: LeanHandle | None = None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
+        if args.use_liger_kernel:
+            raise ValueError(
+                "lean layers do not support `use_liger_kernel`=True: both replace the same layers. Set one of them to "
+                "False; lean=True uses Liger's kernels where they compute and save the same."
+            )
+        self._attach(model)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        self._attach(model)
+        if state.is_local_process_zero:
+            print(self.handle.swapped(), flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.handle.undo()
+        self.handle = None
+
+    def _attach(self, model) -> None:
+        # `model_init` makes another model than the one that `__init__` has seen
+        if self.handle is not None and self.handle.model is not model:
+            self.handle.undo()
+            self.handle = None
+        if self.handle is None:
+            self.handle = LeanHandle(model)

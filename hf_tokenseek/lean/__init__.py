@@ -1,0 +1,5 @@
+"""Lean layers: the same norms, MLPs and LoRA linears, exact, saving only what backward cannot recompute."""
+
+from .attach import LeanHandle
+
+__all__ = ["LeanHandle"]
