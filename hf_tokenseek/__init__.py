@@ -4,19 +4,25 @@ __version__ = "0.1.0"
 
 # Where each public name lives; imported on first use, so that `import hf_tokenseek` needs torch only when used.
 _HOMES = {
+    "LeanCallback": "callbacks",
     "MemoryCallback": "callbacks",
     "SeekCallback": "callbacks",
     "SeekConfig": "seek",
     "TokenSeekArguments": "arguments",
+    "TokenSeekSFTConfig": "sft",
+    "TokenSeekSFTTrainer": "sft",
     "TokenSeekTrainer": "trainer",
     "attach": "patching",
 }
 
 __all__ = [
+    "LeanCallback",
     "MemoryCallback",
     "SeekCallback",
     "SeekConfig",
     "TokenSeekArguments",
+    "TokenSeekSFTConfig",
+    "TokenSeekSFTTrainer",
     "TokenSeekTrainer",
     "attach",
 ]

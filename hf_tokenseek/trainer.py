@@ -2,7 +2,7 @@
 
 from transformers import Trainer
 
-from .callbacks import LoggedMetrics, MemoryCallback, SeekCallback
+from .callbacks import LeanCallback, LoggedMetrics, MemoryCallback, SeekCallback
 from .seek import SeekConfig
 
 
@@ -20,9 +20,15 @@ class TokenSeekMixin:
             )
         if seek is not None and not any(isinstance(c, SeekCallback) for c in callbacks):
             callbacks.append(SeekCallback(seek))
+        if getattr(args, "lean", False) and not any(isinstance(c, LeanCallback) for c in callbacks):
+            callbacks.append(LeanCallback())
         if not any(isinstance(c, MemoryCallback) for c in callbacks):
             callbacks.append(MemoryCallback())
         super().__init__(model, args, *positional, callbacks=callbacks, compute_loss_func=compute_loss_func, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            # trl's trainers replace the model's forward when Trainer's own __init__, and so attaching, is done
+            if isinstance(callback, SeekCallback):
+                callback.handle.resume()
         for callback in self._logged():
             callback.logged_by_trainer = True
 
@@ -42,7 +48,7 @@ class TokenSeekTrainer(TokenSeekMixin, Trainer):
     Drop-in for [`~transformers.Trainer`]: the same model, trained with a fraction of the activation memory.
 
     Takes what `Trainer` takes. With plain `TrainingArguments` TokenSeek is on with its defaults; with
-    [`TokenSeekArguments`] the field `seek` decides. Logs `seek/...`, `memory/...` and `speed/...`.
+    [`TokenSeekArguments`] the fields `seek` and `lean` decide. Logs `seek/...`, `memory/...` and `speed/...`.
 
     ```python
     trainer = TokenSeekTrainer(model, args=TokenSeekArguments(output_dir="out", seek={"context": 0.2}), ...)

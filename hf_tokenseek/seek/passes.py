@@ -139,8 +139,13 @@ def _decoder_layers(backbone: nn.Module, count: int) -> nn.ModuleList:
 
 @contextmanager
 def _evaluating(model: nn.Module):
-    """Evaluation mode without dropout and router noise; gives every module its own mode back."""
-    training = [module for module in model.modules() if module.training]
+    """
+    Evaluation mode without dropout and router noise; gives every module its own mode back.
+
+    The layers of bitsandbytes keep theirs: on some CPUs a 4-bit layer in evaluation mode repacks its weight for
+    inference, for good, and has no backward any more.
+    """
+    training = [m for m in model.modules() if m.training and not type(m).__module__.startswith("bitsandbytes.")]
     for module in training:
         module.training = False
     try:
