@@ -7,6 +7,7 @@ Writes `outputs/demo/`: the two models, `report.md` and `report.json` (the table
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,8 @@ ROWS = {
 def train(method: str, options: Sequence[str]) -> float:
     """Run the recipe in a process of its own, so that its peak memory is its own; returns the peak RSS in MiB."""
     config = ROOT / "recipes" / "configs" / f"demo_{method}.yaml"
+    # the recipe overwrites nothing; what an earlier demo has left is the demo's own
+    shutil.rmtree(OUTPUT / method, ignore_errors=True)
     command = [sys.executable, "-m", "recipes.sft", "--config", str(config), *options]
     process = subprocess.Popen([*command, "--output_dir", str(OUTPUT / method)], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)

@@ -26,6 +26,7 @@ from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerB
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hf_tokenseek import TokenSeekArguments, TokenSeekTrainer
+from recipes.checks import check_disk, check_lengths, check_output, check_records, checkpoint_to_resume
 from recipes.data import PadCollator, encode
 from recipes.models import SMOLLM2, load_model
 from recipes.records import PYTHON_DOCSTRINGS, hold_out, load_records
@@ -157,16 +158,26 @@ def add_lora(model: PreTrainedModel, arguments: ModelArguments) -> PreTrainedMod
     return get_peft_model(model, config)
 
 
-def main(argv: Sequence[str]) -> dict[str, float]:
-    """Train, evaluate before and after, save. Returns the metrics of the last evaluation."""
+def prepare(argv: Sequence[str]) -> TokenSeekTrainer:
+    """Everything that comes before compute: options, model, data, and whatever can be known to fail.
+
+    Raises:
+        `ValueError`, `OSError` or `ModuleNotFoundError`: names what is wrong, what is allowed and the next step.
+    """
     model_arguments, data_arguments, training_arguments = parse_arguments(argv)
+    check_output(training_arguments)
+    training_arguments.resume_from_checkpoint = checkpoint_to_resume(training_arguments)
     training_arguments.eval_on_start = True
     set_seed(training_arguments.seed)
     model, tokenizer = load_model(model_arguments.model)
+    check_lengths(model, data_arguments.max_length)
     if model_arguments.use_peft:
         model = add_lora(model, model_arguments)
+    check_disk(model, training_arguments)
     train_dataset, eval_dataset = load_data(data_arguments, tokenizer, training_arguments.seed)
-    trainer = TokenSeekTrainer(
+    check_records(train_dataset, "training")
+    check_records(eval_dataset, "evaluation")
+    return TokenSeekTrainer(
         model=model,
         args=training_arguments,
         train_dataset=train_dataset,
@@ -174,12 +185,26 @@ def main(argv: Sequence[str]) -> dict[str, float]:
         data_collator=PadCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
+
+
+def run(trainer: TokenSeekTrainer) -> dict[str, float]:
+    """Train, evaluate before and after, save. Returns the metrics of the last evaluation."""
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
     return metrics
 
 
+def main(argv: Sequence[str]) -> dict[str, float]:
+    """Prepare and run."""
+    return run(prepare(argv))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        prepared = prepare(sys.argv[1:])
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        # a user's mistake needs its message, not our stack
+        sys.exit(f"sft.py: error: {error}")
+    run(prepared)
