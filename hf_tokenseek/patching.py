@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,18 @@ def find_causal_lm(model: nn.Module) -> nn.Module:
         model = model.get_base_model()
     check_family(model)
     return model
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable):
+    """Whoever calls `module` gets what `forward` returns; the module's hooks run as ever."""
+    own = {name: value for name, value in vars(module).items() if name == "forward"}
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        vars(module).update(own)
 
 
 class PatchedForward:

@@ -1,10 +1,13 @@
 """What can be known to fail is refused before any compute, and nothing that exists is overwritten."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from recipes.data import IGNORED
@@ -106,6 +109,24 @@ def check_records(encoded: Sequence[Mapping[str, list[int]]], name: str) -> None
         )
 
 
+def check_strategy(accelerator: Accelerator) -> None:
+    """Refuse to train by another strategy than `accelerate launch` was asked for.
+
+    On machines without an accelerator, accelerate trains with DDP whatever an FSDP configuration says.
+
+    Raises:
+        `ValueError`: names what was asked for and what would run.
+    """
+    asked = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED"}
+    running = accelerator.distributed_type.value
+    for strategy, variable in asked.items():
+        if os.environ.get(variable, "").lower() == "true" and running != strategy:
+            raise ValueError(
+                f"accelerate launch was asked for {strategy}, and would train with {running}: this machine has no "
+                "accelerator, or it is switched off. Use recipes/accelerate/ddp.yaml, or see docs/distributed.md."
+            )
+
+
 def check_disk(model: PreTrainedModel, arguments: TrainingArguments) -> None:
     """Refuse to start a run whose results cannot be written.
 
@@ -115,9 +136,9 @@ def check_disk(model: PreTrainedModel, arguments: TrainingArguments) -> None:
     Raises:
         `OSError`: if the disk of `output_dir` has less free space than that.
     """
-    trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    trainable = sum(_nbytes(p) for p in model.parameters() if p.requires_grad)
     adapters_only = hasattr(model, "peft_config")
-    saved = trainable if adapters_only else sum(p.nbytes for p in model.parameters())
+    saved = trainable if adapters_only else sum(_nbytes(p) for p in model.parameters())
     needed = saved
     if arguments.save_strategy != "no":
         needed += saved + (0 if arguments.save_only_model else 2 * trainable)
@@ -131,3 +152,8 @@ def check_disk(model: PreTrainedModel, arguments: TrainingArguments) -> None:
             f"{needed / GIB:.2f} GiB. Free some space, choose another --output_dir, or save less "
             "(--save_only_model true)."
         )
+
+
+def _nbytes(parameter: nn.Parameter) -> int:
+    # a parameter that ZeRO-3 has partitioned is empty and remembers its size
+    return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()

@@ -6,7 +6,8 @@ Options stand in the file, on the command line, or in both (the command line win
     python recipes/sft.py --config recipes/configs/sft_tokenseek.yaml --dataset my_records.jsonl --learning_rate 5e-5
     python recipes/sft.py --model smollm2 --dataset python-docstrings --output_dir outputs/plain --seek false
     python recipes/sft.py --config recipes/configs/sft_tokenseek.yaml --use_peft --seek '{"context": 0.2}'
-    accelerate launch recipes/sft.py --config recipes/configs/sft_tokenseek.yaml
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml \\
+        recipes/sft.py --config recipes/configs/sft_tokenseek.yaml
     python recipes/sft.py --help
 
 It evaluates on held-out records before and after the training, and saves model, tokenizer and `trainer_state.json`
@@ -26,7 +27,7 @@ from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerB
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hf_tokenseek import TokenSeekArguments, TokenSeekTrainer
-from recipes.checks import check_disk, check_lengths, check_output, check_records, checkpoint_to_resume
+from recipes.checks import check_disk, check_lengths, check_output, check_records, check_strategy, checkpoint_to_resume
 from recipes.data import PadCollator, encode
 from recipes.models import SMOLLM2, load_model
 from recipes.records import PYTHON_DOCSTRINGS, hold_out, load_records
@@ -177,7 +178,7 @@ def prepare(argv: Sequence[str]) -> TokenSeekTrainer:
     train_dataset, eval_dataset = load_data(data_arguments, tokenizer, training_arguments.seed)
     check_records(train_dataset, "training")
     check_records(eval_dataset, "evaluation")
-    return TokenSeekTrainer(
+    trainer = TokenSeekTrainer(
         model=model,
         args=training_arguments,
         train_dataset=train_dataset,
@@ -185,6 +186,8 @@ def prepare(argv: Sequence[str]) -> TokenSeekTrainer:
         data_collator=PadCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
+    check_strategy(trainer.accelerator)
+    return trainer
 
 
 def run(trainer: TokenSeekTrainer) -> dict[str, float]:

@@ -7,6 +7,7 @@ from transformers.utils import logging
 from ..patching import find_causal_lm
 from ..seek import SeekConfig
 from ..seek.attach import SeekHandle
+from ..seek.ranks import refuse_strategies
 from ..seek.trl import refuse_trl_arguments
 from .logging import LoggedMetrics
 
@@ -41,6 +42,7 @@ class SeekCallback(LoggedMetrics):
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
         refuse_arguments(args)
         refuse_trl_arguments(args, self.config, model)
+        refuse_strategies(args, self.config)
         self._attach(model)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
@@ -89,14 +91,7 @@ def refuse_arguments(args: TrainingArguments) -> None:
     refusals = {
         "label_smoothing_factor": (args.label_smoothing_factor, "0.0", "its loss takes the labels from the model"),
         "torch_compile": (args.torch_compile, "False", "the selected forward would run uncompiled"),
-        "deepspeed": (args.deepspeed, "None", "ranks that select differently have not been verified to keep in step"),
-        "fsdp": (args.fsdp, "False", "ranks that select differently have not been verified to keep in step"),
     }
     for name, (value, allowed, why) in refusals.items():
         if value:
             raise ValueError(f"TokenSeek does not support `{name}`={value}: {why}. Set {name}={allowed}.")
-    if args.world_size > 1 or args.n_gpu > 1:
-        raise ValueError(
-            f"TokenSeek has been verified in one process on one device, got world_size={args.world_size} and "
-            f"n_gpu={args.n_gpu}. Start one process and show it one GPU by CUDA_VISIBLE_DEVICES, or set seek=None."
-        )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import adapters, mlps, norms
-from .trial import Trial
+from .trial import Trial, shape_of
 
 NO_FORM = "no lean form computes the same"
 
@@ -102,7 +102,7 @@ def _likeness(module: nn.Module) -> tuple:
     """Modules of one likeness compute the same function of their input and parameters."""
     plain = (bool, int, float, str, tuple)
     settings = tuple(sorted((name, repr(value)) for name, value in vars(module).items() if isinstance(value, plain)))
-    shapes = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters())
+    shapes = tuple((name, shape_of(p), p.dtype, p.requires_grad) for name, p in module.named_parameters())
     return type(module), settings, shapes
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tokenseek_kernels import layer_norm, rms_norm
 
-from .trial import Trial, compare, small_copy
+from .trial import Trial, compare, shape_of, small_copy
 
 EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 
@@ -40,19 +40,19 @@ def is_candidate(module: nn.Module) -> bool:
         and not isinstance(module, (nn.LayerNorm, nn.RMSNorm))
         and next(module.children(), None) is None
         and len(inspect.signature(module.forward).parameters) == 1
-        and all(p is None or p.dim() == 1 for p in module._parameters.values())
+        and all(p is None or len(shape_of(p)) == 1 for p in module._parameters.values())
     )
 
 
 def width_of(module: nn.Module) -> int:
     """How many features `module` normalises; any, where it has neither weight nor shape."""
     parameter = next(module.parameters(), None)
-    return getattr(module, "normalized_shape", (64,))[-1] if parameter is None else parameter.shape[0]
+    return getattr(module, "normalized_shape", (64,))[-1] if parameter is None else shape_of(parameter)[0]
 
 
 def lean_forward(module: nn.Module, dtype: torch.dtype) -> tuple[Callable, Trial] | None:
     """The convention that computes what `module` does, and its trial in `dtype`; `None` if none does."""
-    shapes = {name: p.shape for name, p in module._parameters.items() if p is not None}
+    shapes = {name: shape_of(p) for name, p in module._parameters.items() if p is not None}
     width = width_of(module)
 
     def build() -> nn.Module:

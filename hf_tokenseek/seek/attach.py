@@ -19,6 +19,7 @@ from .metrics import SeekMetrics
 from .micro_batch import count_items, read, train_plainly, train_selected
 from .passes import Decoder
 from .probe import compare_gradients
+from .ranks import mean_over_ranks
 
 
 class SeekHandle:
@@ -106,7 +107,8 @@ class SeekHandle:
             with torch.random.fork_rng():
                 self.metrics.probe(compare_gradients(self.model, lambda plainly: train(plainly, loss_head).loss))
         head = loss_head if fused is None else FusedHead(fused, self.decoder.backbone, batch.shape[1])
-        done = train(self.config.plain_fallback and batch.sizes.rows / batch.shape[1] >= cost.break_even, head)
+        share = mean_over_ranks(batch.sizes.rows / batch.shape[1], batch.targets.device)
+        done = train(self.config.plain_fallback and share >= cost.break_even, head)
         self.micro_step += 1
         self.selection = done.selection.rows
         self.metrics.observe(batch, done, cost)

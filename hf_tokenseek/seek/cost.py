@@ -23,8 +23,10 @@ class Cost:
     @classmethod
     def of(cls, model: nn.Module) -> "Cost":
         """Reads what is trained, and whether it is checkpointed, off the model."""
-        total = sum(p.numel() for p in model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        # a parameter that ZeRO-3 has partitioned is empty here and remembers its size
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+        total = sum(size for size, _ in sizes)
+        trained = sum(size for size, requires_grad in sizes if requires_grad)
         return cls(2.0 + trained / max(1, total) + is_checkpointed(model))
 
     @property

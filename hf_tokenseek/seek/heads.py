@@ -1,12 +1,12 @@
 """From the hidden states of selected rows to what the caller of the model's forward gets: a loss, or trl's output."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
+from ..patching import replaced_forward
 from .passes import Decoder
 
 
@@ -62,7 +62,8 @@ class FusedHead:
 
     def __call__(self, hidden: Tensor, rows: Tensor, targets: Tensor, weights: Tensor | None, count: int) -> Tensor:
         """The summed loss; arguments as in [`LossHead`]."""
-        with _answering(self.backbone, hidden):
+        answer = BaseModelOutput(last_hidden_state=hidden)
+        with replaced_forward(self.backbone, lambda *args, **kwargs: answer):
             output = self.forward(shift_labels=targets, fused_lm_head=True)
         if weights is not None:
             output.log_probs = output.log_probs * weights
@@ -82,15 +83,3 @@ class FusedHead:
         # empty slots hold a zero, so that it does not matter where they go
         full = numbers.new_zeros(len(rows), self.length).scatter_add(1, rows.clamp(min=0), numbers)
         return full[:, :-1].to(values.dtype)
-
-
-@contextmanager
-def _answering(backbone: nn.Module, hidden: Tensor):
-    """Whoever calls the backbone gets `hidden`."""
-    own = {name: value for name, value in vars(backbone).items() if name == "forward"}
-    backbone.forward = lambda *args, **kwargs: BaseModelOutput(last_hidden_state=hidden)
-    try:
-        yield
-    finally:
-        del backbone.forward
-        vars(backbone).update(own)

@@ -1,5 +1,6 @@
 """The passes over the decoder: scout (no gradient, all rows), ditch (gradient, selected rows), plain."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from tokenseek_kernels import HeadStatistics, head_statistics, linear_cross_entropy
 
 from ..families import BEFORE_HEAD, LOGITS_MULTIPLIED
+from ..patching import replaced_forward
 from .attention import DitchState, ScoutState
 from .batch import IGNORE, Batch
 from .scores import Score, Scouted
@@ -89,14 +91,18 @@ class Decoder:
         """
         flat = targets.flatten()
         index = (flat == IGNORE).to(torch.int8).sort(stable=True).indices[:count]
-        weight, bias = self._head()
-        rows = hidden.flatten(0, 1).index_select(0, index)
-        losses = linear_cross_entropy(rows, weight, flat.index_select(0, index), bias=bias, **self.head_rule)
-        return losses, index
+        targets = flat.index_select(0, index)
 
-    def _head(self) -> tuple[Tensor, Tensor | None]:
+        def losses(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return linear_cross_entropy(rows, weight, targets, bias=bias, **self.head_rule)
+
+        return self._through_head(losses, hidden.flatten(0, 1).index_select(0, index)), index
+
+    def _through_head(self, compute: Callable, rows: Tensor):
+        """`compute(rows, weight, bias)`, as the head's own forward: ZeRO-3 and FSDP gather a weight for that long."""
         head = self.model.get_output_embeddings()
-        return head.weight, getattr(head, "bias", None)
+        with replaced_forward(head, lambda rows: compute(rows, head.weight, getattr(head, "bias", None))):
+            return head(rows)
 
     def _run(self, tokens: Tensor, positions: Tensor, state: ScoutState | DitchState) -> Tensor:
         # a 4-D mask is taken as it is by every family: no mask is built, `state` knows who sees whom
@@ -106,8 +112,12 @@ class Decoder:
         return self.before_head(self.backbone(**inputs, use_cache=False, seek=state)[0])
 
     def _head_statistics(self, hidden: Tensor, batch: Batch) -> HeadStatistics:
-        weight, bias = self._head()
-        found = head_statistics(hidden.flatten(0, 1), weight, batch.targets.flatten(), bias=bias, **self.head_rule)
+        targets = batch.targets.flatten()
+
+        def statistics(rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+            return tuple(head_statistics(rows, weight, targets, bias=bias, **self.head_rule))
+
+        found = self._through_head(statistics, hidden.flatten(0, 1))
         return HeadStatistics(*(part.view(batch.shape) for part in found))
 
     def _last_block_gradient(self, batch: Batch, state: ScoutState) -> Tensor:
@@ -124,9 +134,13 @@ class Decoder:
             hidden = self._run(batch.tokens, batch.positions, state)
         finally:
             hook.remove()
-        weight, bias = (None if part is None else part.detach() for part in self._head())
         targets = batch.targets.flatten()
-        losses = linear_cross_entropy(hidden.flatten(0, 1), weight, targets, bias=bias, **self.head_rule)
+
+        def frozen(rows: Tensor, *head: Tensor | None) -> Tensor:
+            weight, bias = (None if part is None else part.detach() for part in head)
+            return linear_cross_entropy(rows, weight, targets, bias=bias, **self.head_rule)
+
+        losses = self._through_head(frozen, hidden.flatten(0, 1))
         return torch.autograd.grad(losses.sum(), found["input"])[0]
 
 

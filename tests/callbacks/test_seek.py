@@ -1,7 +1,6 @@
 """`SeekCallback`: what it does to the model and when, and the kinds of training it goes along with."""
 
 import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 
 from hf_tokenseek import MemoryCallback, SeekCallback, SeekConfig
-from hf_tokenseek.callbacks.seek import refuse_arguments
 from hf_tokenseek.seek.attention import DitchState, ScoutState
 from tests.tiny_training import EVERYTHING, SELECTS, arguments, examples, logs, losses, pad, trainer, weights
 
@@ -211,19 +209,3 @@ def test_label_that_no_row_has_gives_a_step_of_nothing(tiny_llama, tmp_path):
     own.train()
     assert losses(own) == [0.0, 0.0]
     assert all(torch.equal(p, before[name]) for name, p in own.model.named_parameters())
-
-
-SINGLE = {"label_smoothing_factor": 0.0, "torch_compile": False, "deepspeed": None, "fsdp": False}
-
-
-@pytest.mark.parametrize("options, said", [
-    ({"deepspeed": "zero3.json"}, "`deepspeed`=zero3.json.*Set deepspeed=None"),
-    ({"fsdp": True}, "`fsdp`=True.*Set fsdp=False"),
-    ({"world_size": 2}, "world_size=2.*Start one process.*seek=None"),
-    ({"n_gpu": 4}, "n_gpu=4.*CUDA_VISIBLE_DEVICES.*seek=None"),
-])  # fmt: skip
-def test_what_is_not_verified_is_refused_by_name(options, said):
-    one_process = SimpleNamespace(**SINGLE, world_size=1, n_gpu=1)
-    refuse_arguments(one_process)
-    with pytest.raises(ValueError, match=said):
-        refuse_arguments(SimpleNamespace(**{**vars(one_process), **options}))

@@ -10,8 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes import checks
 from recipes.sft import prepare, run
@@ -21,28 +19,14 @@ STEPS = 6
 
 
 @pytest.fixture
-def options(tmp_path, tokenizer):
+def options(tmp_path, tiny_model):
     """The command line of a tiny run of six steps with a checkpoint every two."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
     records = [{"prompt": f"Which number follows {n}? " * 4, "completion": f"It is {n + 1}."} for n in range(24)]
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
 
     def build(output: str, *more: str) -> list[str]:
         return [
-            *("--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "records.jsonl"), "--max_length", "256"),
+            *("--model", str(tiny_model), "--dataset", str(tmp_path / "records.jsonl"), "--max_length", "256"),
             *("--output_dir", str(tmp_path / output), "--max_steps", str(STEPS), "--eval_examples", "4"),
             *("--per_device_train_batch_size", "2", "--save_steps", "2", "--save_strategy", "steps"),
             *("--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"),
@@ -157,8 +141,8 @@ def test_a_full_disk_is_seen_before_training(options, monkeypatch):
 
 
 def test_sequences_longer_than_the_model(options):
-    with pytest.raises(ValueError, match="max_length=600 is more than the 512 positions of LlamaForCausalLM"):
-        prepare(options("out", "--max_length", "600"))
+    with pytest.raises(ValueError, match="max_length=3000 is more than the 2048 positions of LlamaForCausalLM"):
+        prepare(options("out", "--max_length", "3000"))
 
 
 def test_data_without_records_or_labels():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITE, INTERPRETER = "[] -m pytest -q", "[1] -m pytest -q tests/interpreter"
+SUITE, INTERPRETER = "[] -m pytest -q -n auto", "[1] -m pytest -q -n auto tests/interpreter"
 COMPILE = "[] scripts/check_kernels.py --changed"
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the scripts are for bash")

@@ -134,7 +134,8 @@ def at_rows(states: torch.Tensor, case: Case) -> torch.Tensor:
 
 
 def head(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor:
-    weight, bias = decoder._head()
+    head = decoder.model.get_output_embeddings()
+    weight, bias = head.weight, getattr(head, "bias", None)
     logits = F.linear(hidden, weight, bias).float() * decoder.head_rule["logit_scale"]
     cap = decoder.head_rule["softcap"]
     return cap * torch.tanh(logits / cap) if cap else logits

@@ -1,0 +1,73 @@
+"""Ways of sharing work that are refused, by name, and a launch that would run something else than it was asked for."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+from hf_tokenseek import SeekConfig
+from hf_tokenseek.seek import ranks
+from recipes.checks import check_strategy
+
+
+def deepspeed(stage: int, **options) -> dict:
+    config = {"zero_optimization": {"stage": stage}, **options}
+    plugin = SimpleNamespace(hf_ds_config=HfDeepSpeedConfig(config))
+    return {"distributed_type": DistributedType.DEEPSPEED, "deepspeed_plugin": plugin}
+
+
+def fsdp(version: int) -> dict:
+    return {"distributed_type": DistributedType.FSDP, "fsdp_plugin": SimpleNamespace(fsdp_version=version)}
+
+
+def refuse(monkeypatch, config=None, arguments=None, **state) -> None:
+    plain = {"distributed_type": DistributedType.MULTI_GPU, "deepspeed_plugin": None, "parallelism_config": None}
+    monkeypatch.setattr(ranks, "AcceleratorState", lambda: SimpleNamespace(**{**plain, **state}))
+    ranks.refuse_strategies(SimpleNamespace(**{"n_gpu": 1, **(arguments or {})}), SeekConfig(**(config or {})))
+
+
+@pytest.mark.parametrize("state", [{}, fsdp(2), deepspeed(1), deepspeed(2), deepspeed(3)])
+def test_what_is_verified_passes(monkeypatch, state):
+    refuse(monkeypatch, **state)
+
+
+PROBE, PAPER = {"probe_steps": 5}, {"score": "paper"}
+SPLIT = {"sequence_parallel_size": 2}
+
+
+@pytest.mark.parametrize(("config", "arguments", "state", "said"), [
+    ({}, {"n_gpu": 4}, {}, r"DataParallel \(n_gpu=4\).*accelerate launch"),
+    ({}, {}, fsdp(1), "version 1 of FSDP.*fsdp_version: 2"),
+    ({}, {"parallelism_config": ParallelismConfig(tp_size=2)}, {}, "parallelism_config.tp_size=2"),
+    ({}, {}, {"parallelism_config": ParallelismConfig(cp_size=4)}, "parallelism_config.cp_size=4.*Leave it out"),
+    ({}, {}, deepspeed(3, **SPLIT), "DeepSpeed's sequence_parallel_size=2"),
+    (PROBE, {}, fsdp(2), "probe_steps=5 under FSDP2.*probe_steps=0"),
+    (PROBE, {}, deepspeed(3), "probe_steps=5 under ZeRO-3.*ZeRO-2"),
+    (PAPER, {}, deepspeed(3), "score='paper' under ZeRO-3.*another score"),
+])  # fmt: skip
+def test_what_is_not_is_refused_by_name(monkeypatch, config, arguments, state, said):
+    with pytest.raises(ValueError, match=said):
+        refuse(monkeypatch, config, arguments, **state)
+
+
+@pytest.mark.parametrize(("config", "state"), [(PROBE, {}), (PAPER, deepspeed(2)), (PROBE, deepspeed(1))])
+def test_whole_weights_allow_gradients_inside_of_the_forward(monkeypatch, config, state):
+    refuse(monkeypatch, config, **state)
+
+
+def test_one_process_keeps_its_own_number():
+    assert ranks.mean_over_ranks(0.3, torch.device("cpu")) == 0.3
+
+
+@pytest.mark.parametrize("strategy", ["FSDP", "DEEPSPEED"])
+def test_a_launch_that_runs_something_else(monkeypatch, strategy):
+    asked = SimpleNamespace(distributed_type=DistributedType(strategy))
+    other = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU)
+    check_strategy(other)
+    monkeypatch.setenv(f"ACCELERATE_USE_{strategy}", "true")
+    check_strategy(asked)
+    with pytest.raises(ValueError, match=f"asked for {strategy}, and would train with MULTI_CPU"):
+        check_strategy(other)

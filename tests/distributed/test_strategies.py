@@ -1,0 +1,58 @@
+"""Each strategy on two ranks: it is what was asked for, equals one process, saves and resumes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.launching import RANKS, ROOT, STEPS, launch, needs_compiler
+
+RECIPE = ROOT / "recipes" / "sft.py"
+DEEPSPEED = {"distributed_type": "DEEPSPEED", "engine": "DeepSpeedEngine"}
+STRATEGIES = {
+    "ddp": {"distributed_type": "MULTI_CPU", "engine": "DistributedDataParallel", "sharded": False},
+    "fsdp2": {"distributed_type": "FSDP", "engine": "FSDPModule", "sharded": True},
+    "zero1": {**DEEPSPEED, "zero_stage": 1, "sharded": False},
+    "zero2": {**DEEPSPEED, "zero_stage": 2, "sharded": False},
+    "zero3": {**DEEPSPEED, "zero_stage": 3, "sharded": True},
+    "zero3_offload": {**DEEPSPEED, "zero_stage": 3, "sharded": True, "offload": ["cpu", "cpu"]},
+}
+
+
+def losses(folder: Path) -> list[float]:
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [entry[name] for entry in state["log_history"] for name in ("loss", "eval_loss") if name in entry]
+
+
+def assert_is(seen: dict, asked: dict) -> None:
+    assert seen["world_size"] == RANKS
+    assert seen["distributed_type"] == asked["distributed_type"]
+    assert asked["engine"] in seen["engine"]
+    assert seen["zero_stage"] == asked.get("zero_stage")
+    assert seen["offload"] == asked.get("offload", [])
+    assert seen["shards"] == (seen["parameters"] if asked["sharded"] else 0)
+
+
+@pytest.mark.parametrize("strategy", [pytest.param(name, marks=needs_compiler(name)) for name in STRATEGIES])
+def test_two_ranks_equal_one_process_and_resume(strategy, options, one_process):
+    folder = options.folder
+    # lean layers are exact, so the plain layers of the one process are their truth too
+    whole = options(strategy, 2, "--save_strategy", "steps", "--lean", "true")
+    for seen in launch(strategy, RECIPE, whole, folder / f"{strategy}_seen"):
+        assert_is(seen, STRATEGIES[strategy])
+    expected = losses(one_process)
+    assert len(expected) == STEPS + 2
+    assert losses(folder / strategy) == pytest.approx(expected, rel=1e-5)
+    truth = load_file(one_process / "model.safetensors")
+    found = load_file(folder / strategy / "model.safetensors")
+    assert found.keys() == truth.keys()
+    for name in truth:
+        torch.testing.assert_close(found[name], truth[name], rtol=1e-4, atol=2e-5)
+
+    checkpoint = folder / strategy / "checkpoint-2"
+    resumed = options(f"{strategy}_resumed", 2, "--save_strategy", "no", "--resume_from_checkpoint", str(checkpoint))
+    launch(strategy, RECIPE, resumed, folder / f"{strategy}_resumed_seen")
+    # what evaluates before the first step has seen the checkpoint already, or not yet
+    assert losses(folder / f"{strategy}_resumed")[-2:] == pytest.approx(expected[-2:], rel=1e-5)
