@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from .arguments import MethodArguments, TokenSeekArguments
+from .model_card import TAG
 from .trainer import TokenSeekMixin
 
 try:
@@ -50,6 +51,8 @@ class TokenSeekSFTTrainer(TokenSeekMixin, SFTTrainer):
         ValueError: the model, its adapter, an argument or `compute_loss_func` is not supported, by name and with the
             next step.
     """
+
+    _tag_names = [*SFTTrainer._tag_names, TAG]
 
     def __init__(self, model, args=None, *positional, **kwargs):
         if isinstance(args, TokenSeekArguments):

@@ -3,6 +3,7 @@
 from transformers import Trainer
 
 from .callbacks import LeanCallback, LoggedMetrics, MemoryCallback, SeekCallback
+from .model_card import write_model_card
 from .seek import SeekConfig
 
 
@@ -38,6 +39,14 @@ class TokenSeekMixin:
             for callback in self._logged():
                 logs.update(callback.metrics())
         super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Saves as ever, and says in the model card how the weights were trained."""
+        super()._save(output_dir, state_dict)
+        seek = next((c.config for c in self.callback_handler.callbacks if isinstance(c, SeekCallback)), None)
+        lean = any(isinstance(c, LeanCallback) for c in self.callback_handler.callbacks)
+        if seek is not None or lean:
+            write_model_card(output_dir or self.args.output_dir, self.model, seek, lean)
 
     def _logged(self) -> list[LoggedMetrics]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, LoggedMetrics)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [".ci/run", "scripts/demo.sh", "scripts/setup_env.sh", "scripts/test.sh"]
+SCRIPTS = [".ci/run", *(f"scripts/{name}.sh" for name in ("demo", "setup_env", "test", "test_gpu", "test_oldest"))]
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the scripts are for bash")
 

@@ -27,7 +27,7 @@ class LeanCallback(TrainerCallback):
         if args.use_liger_kernel:
             raise ValueError(
                 "lean layers do not support `use_liger_kernel`=True: both replace the same layers. Set one of them to "
-                "False; lean=True uses Liger's kernels where they compute and save the same."
+                "False."
             )
         self._attach(model)
 

@@ -91,6 +91,11 @@ def refuse_arguments(args: TrainingArguments) -> None:
     refusals = {
         "label_smoothing_factor": (args.label_smoothing_factor, "0.0", "its loss takes the labels from the model"),
         "torch_compile": (args.torch_compile, "False", "the selected forward would run uncompiled"),
+        "use_liger_kernel": (
+            args.use_liger_kernel,
+            "False",
+            "its fused loss takes the model's forward; TokenSeek never holds all logits, and lean=True has the layers",
+        ),
     }
     for name, (value, allowed, why) in refusals.items():
         if value:

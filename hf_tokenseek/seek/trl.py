@@ -10,8 +10,8 @@ from .config import SeekConfig
 
 # Verified by tests/sft: what the trainer computes from the fused head's output is what it computes in a stock run.
 SUPPORTED = ("SFTConfig", "DPOConfig")
-# The first with a fused head.
-OLDEST = "1.15.0"
+# The first whose fused head computes on CPUs too.
+OLDEST = "1.16.0"
 
 
 def refuse_trl_arguments(args: TrainingArguments, config: SeekConfig, model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
 )
+from transformers import Trainer
 
 from hf_tokenseek import SeekCallback, SeekConfig, attach
 from hf_tokenseek.seek.adapters import REFUSED_LORA_OPTIONS, SUPPORTED
@@ -27,7 +28,7 @@ from tests.peft.tiny_peft import (
     lora,
     micro_batch,
 )
-from tests.tiny_training import arguments
+from tests.tiny_training import arguments, trainer
 
 TOLERANCE = 2e-5
 CONFIGS = {**LORA_VARIANTS, **dict.fromkeys(METHODS)}
@@ -95,7 +96,7 @@ def test_prompt_learning_is_refused_before_anything_is_computed(tiny_llama, tmp_
     with pytest.raises(ValueError, match=said):
         attach(model, seek=True)
     with pytest.raises(ValueError, match=said):
-        SeekCallback().on_init_end(arguments(tmp_path), None, None, model=model)
+        trainer(model, arguments(tmp_path), kind=Trainer, callbacks=[SeekCallback()])
     assert model.get_base_model().config._attn_implementation == "sdpa"
 
 

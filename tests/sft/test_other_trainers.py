@@ -113,5 +113,5 @@ def test_reward_trainer_is_refused_when_it_is_built(tiny_llama, tmp_path):
 
 def test_trl_without_a_fused_head_is_refused(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_tokenseek.seek.trl.version", lambda package: "1.14.2")
-    with pytest.raises(ValueError, match="needs trl 1.15.0 or later, found 1.14.2. Run `pip install -U trl`"):
+    with pytest.raises(ValueError, match="needs trl 1.16.0 or later, found 1.14.2. Run `pip install -U trl`"):
         trainer(tiny_llama(), arguments(tmp_path, SELECTS))

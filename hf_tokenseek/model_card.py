@@ -1,0 +1,55 @@
+"""What a saved model says about its training: the tag `tokenseek`, the base model, and the configuration as JSON."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
+
+from . import __version__
+from .seek import SeekConfig
+
+TAG = "tokenseek"
+START, END = "<!-- hf_tokenseek: start -->", "<!-- hf_tokenseek: end -->"
+
+
+def write_model_card(folder: str | Path, model: nn.Module, seek: SeekConfig | None, lean: bool) -> None:
+    """
+    Writes `README.md` beside a saved model; in a card that is there already, adds the tag and replaces our section.
+
+    Args:
+        folder (`str` or `Path`): where the model was saved.
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`): the trained model, for the name of its base.
+        seek ([`SeekConfig`], *optional*): TokenSeek's configuration.
+        lean (`bool`): whether layers were lean.
+    """
+    file = Path(folder) / "README.md"
+    if file.is_file():
+        card = ModelCard.load(file, ignore_metadata_errors=True)
+    else:
+        name = Path(folder).resolve().name
+        card = ModelCard(f"---\n{_metadata(model).to_yaml()}\n---\n\n# {name}\n")
+    card.data.tags = sorted({*(card.data.tags or []), TAG})
+    before, _, rest = card.text.partition(START)
+    after = rest.partition(END)[2]
+    card.text = f"{before.rstrip()}\n\n{_section(seek, lean)}{after}"
+    card.save(file)
+
+
+def _metadata(model: nn.Module) -> ModelCardData:
+    name = getattr(model.config, "_name_or_path", None)
+    # a folder of this machine is nobody's base model
+    base = name if name and not os.path.isdir(name) else None
+    return ModelCardData(base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=[TAG])
+
+
+def _section(seek: SeekConfig | None, lean: bool) -> str:
+    options = json.dumps({"seek": None if seek is None else asdict(seek), "lean": lean}, indent=2)
+    return (
+        f"{START}\n## Training\n\n"
+        f"Trained with hf_tokenseek {__version__}"
+        " ([TokenSeek](https://huggingface.co/papers/2601.19739): gradients of selected tokens only). The weights "
+        f"need nothing of it.\n\n```json\n{options}\n```\n{END}\n"
+    )

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Runs the core tests with the oldest versions that setup.cfg admits, in an environment of their own (.venv-oldest).
+# The suite runs with the newest ones; together they are what the ranges promise.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+venv=.venv-oldest
+constraints=(--constraint scripts/constraints-cpu.txt --constraint scripts/constraints-oldest.txt)
+ready=$venv/.ready-$(cat setup.cfg scripts/constraints-*.txt | cksum | tr ' ' -)
+if [[ ! -e $ready ]]; then
+    echo "[test] installing the oldest versions into $venv: once, a minute or two"
+    "${PYTHON:-python3}" -m venv --clear "$venv"
+    "$venv/bin/python" -m pip install --quiet --editable ".[trl,peft]" "${constraints[@]}" \
+        hypothesis psutil pytest pytest-xdist
+    touch "$ready"
+fi
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+core=(tests/{callbacks,lean,peft,sft} tests/test_{arguments,model_card,trainer,trainer_runs,training_options}.py)
+exec "$venv/bin/python" -m pytest -q -n auto "${core[@]}" "$@"
