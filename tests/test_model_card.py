@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from hf_tokenseek import SeekConfig
 from hf_tokenseek.model_card import END, START, write_model_card
+from tests.sft import tiny_sft
 from tests.tiny_training import SELECTS, arguments, trainer
 
 
@@ -37,6 +38,16 @@ def test_an_adapter_keeps_its_own_card(tiny_llama, tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "peft" and {"lora", "tokenseek"} <= set(card.data.tags)
     assert "Training procedure" in card.text or len(card.text.partition(START)[0]) > 200
+
+
+def test_the_card_of_trl_is_kept(tiny_llama, tmp_path):
+    own = tiny_sft.trainer(tiny_llama(), tiny_sft.arguments(tmp_path, SELECTS, save_strategy="steps", save_steps=2))
+    own.train()
+    own.save_model()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {"trl", "sft", "tokenseek"} <= set(card.data.tags) and "Framework versions" in card.text
+    assert options_in(card)["seek"]["context"] == SELECTS["context"]
+    assert START in (tmp_path / "checkpoint-2" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["none", "stock"])
