@@ -15,6 +15,7 @@ into `output_dir`, from where `AutoModelForCausalLM.from_pretrained` loads them 
 """
 
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +101,10 @@ class DataArguments:
     max_length: int = field(default=1024, metadata={"help": "Most tokens of a sequence."})
 
 
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """The description as it stands, the defaults behind each option."""
+
+
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TokenSeekArguments]:
     """Read `--config FILE` (YAML or JSON) and the command line; what stands on the command line wins.
 
@@ -107,7 +112,12 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         `FileNotFoundError`: if there is no such file.
         `ValueError`: if the file is no mapping or names an unknown option.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, TokenSeekArguments))
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TokenSeekArguments),
+        usage="python recipes/sft.py [--config FILE] [--option VALUE ...]",
+        description=__doc__,
+        formatter_class=_HelpFormatter,
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of these options.")
     config = parser.parse_known_args(argv)[0].config
     if config is not None:

@@ -24,6 +24,16 @@ def records(tmp_path):
     return file
 
 
+def test_help_begins_with_examples_and_names_our_options(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: python recipes/sft.py [--config FILE] [--option VALUE ...]\n\nSupervised")
+    assert "    python recipes/sft.py --config recipes/configs/demo_tokenseek.yaml\n" in said
+    for option in ("--seek SEEK", "--lean", "--config FILE", "(default: python-docstrings)"):
+        assert option in said
+
+
 def as_dicts(arguments):
     model, data, training = arguments
     return asdict(model), asdict(data), training.to_dict()
