@@ -36,6 +36,15 @@ def resolve_impl(impl: str, tensor: torch.Tensor, allowed: tuple[str, ...] = IMP
     return impl
 
 
+def resolve_up_to(widest: int, impl: str, tensor: torch.Tensor, features: int) -> str:
+    """[`resolve_impl`] where Triton's programs hold `features` in registers, `widest` at most; torch takes more."""
+    if features <= widest:
+        return resolve_impl(impl, tensor)
+    if impl == "triton":
+        raise ValueError(f"impl='triton' takes up to {widest} features, got {features}. Use impl='auto'.")
+    return resolve_impl(impl, tensor, ("torch", "reference"))
+
+
 def is_interpreting() -> bool:
     """Whether Triton is imported and runs its kernels in the interpreter, on CPU tensors."""
     triton = sys.modules.get("triton")

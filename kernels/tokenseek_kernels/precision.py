@@ -5,7 +5,11 @@ import torch
 
 def linear_dtype(weight: torch.Tensor) -> torch.dtype:
     """What a linear layer with this weight computes in: the autocast dtype, or its own."""
-    device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+    return linear_dtype_of(weight.dtype, weight.device)
+
+
+def linear_dtype_of(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """[`linear_dtype`] of a tensor that is not there yet."""
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device.type)
+    return dtype

@@ -1,5 +1,5 @@
 """A LoRA adapter's output that keeps one input in its own dtype, and no cast or dropped copy of it."""
 
-from tokenseek_kernels.lean_lora.function import lora_delta
+from tokenseek_kernels.lean_lora.function import lora_delta, seeded_dropout
 
-__all__ = ["lora_delta"]
+__all__ = ["lora_delta", "seeded_dropout"]

@@ -72,6 +72,43 @@ class LoraDeltaFunction(torch.autograd.Function):
         return grad_x, grad_a, grad_b, None, None
 
 
+class SeededDropoutFunction(torch.autograd.Function):
+    """Saves 8 bytes: the seed, from which backward draws the mask again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, seed: Tensor, dropout: float) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.dropout = dropout
+        return _dropped(x, seed, dropout)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return _dropped(grad, *ctx.saved_tensors, ctx.dropout), None, None
+
+
+def seeded_dropout(x: Tensor, dropout: float, *, seed: int | None = None) -> Tensor:
+    """Dropout that keeps the seed of its mask in place of the mask.
+
+    Args:
+        x (`torch.Tensor`):
+            Any floating dtype.
+        dropout (`float`):
+            Share of the elements that are zeroed, in `(0, 1)`, rounded to a multiple of 2^-16.
+        seed (`int`, *optional*):
+            Of the mask. By default drawn from torch's generator, which checkpointing sets back.
+
+    Returns:
+        `torch.Tensor`: same shape and dtype.
+
+    Raises:
+        ValueError: `dropout` is not in `(0, 1)`.
+    """
+    if not 0 < reference.dropped_levels(dropout) < reference.LEVELS:
+        raise ValueError(f"`dropout` must be in (0, 1), got {dropout}.")
+    return SeededDropoutFunction.apply(x, _drawn(seed), dropout)
+
+
 def lora_delta(
     x: Tensor,
     a: Tensor,
@@ -117,7 +154,16 @@ def lora_delta(
         )
     dtype = linear_dtype(a)
     if dropout:
-        seed = torch.randint(2**62, ()) if seed is None else torch.tensor(seed)
+        seed = _drawn(seed)
     if resolve_impl(impl, x, ("torch", "reference")) == "reference":
         return reference.lora_delta(x, a, b, scaling, dropout, int(seed) if dropout else None, dtype)
     return LoraDeltaFunction.apply(x, a, b, seed if dropout else None, _Options(scaling, dropout, dtype))
+
+
+def _drawn(seed: int | None) -> Tensor:
+    return torch.randint(2**62, ()) if seed is None else torch.tensor(seed)
+
+
+def _dropped(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
+    dropped = _dropped_elements(x.shape, x.device, dropout, seed)
+    return x.masked_fill(dropped, 0).div_(reference.kept_share(dropout))

@@ -11,8 +11,10 @@ def forward(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     return value if up is None else value.mul_(up)
 
 
-def backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor, Tensor | None]:
     """Gradients of gate and up."""
+    if up is None:
+        return TORCH[activation].chain(grad.clone(), gate), None
     return TORCH[activation].chain(grad * up, gate), TORCH[activation].value(gate).mul_(grad)
 
 

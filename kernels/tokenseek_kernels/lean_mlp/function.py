@@ -22,11 +22,11 @@ class _Options(NamedTuple):
 class GatedActivationFunction(torch.autograd.Function):
     """Saves gate and up, which the layers that made them need not keep: the activation is cheap to compute again.
 
-    Kept for backward: `2 * width * itemsize` bytes a row.
+    Kept for backward: `2 * width * itemsize` bytes a row, `width * itemsize` without a gate.
     """
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, activation: str, impl: str) -> Tensor:
+    def forward(ctx, gate: Tensor, up: Tensor | None, activation: str, impl: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation, ctx.impl = activation, impl
         return _implementation(impl).forward(gate, up, activation)
@@ -34,7 +34,9 @@ class GatedActivationFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return *_implementation(ctx.impl).backward(grad, *ctx.saved_tensors, ctx.activation), None, None
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = _implementation(ctx.impl).backward(grad, gate, up, ctx.activation)
+        return grad_gate, None if up is None else grad_up, None, None
 
 
 class ActivatedLinearFunction(torch.autograd.Function):
@@ -95,13 +97,13 @@ def _backward_of_states(
     return grad_gate, None if up is None else grad_up, product
 
 
-def gated_activation(gate: Tensor, up: Tensor, activation: str, *, impl: str = "auto") -> Tensor:
-    """`act(gate) * up`. Differentiable once in both. Saved a row: `gate` and `up`.
+def gated_activation(gate: Tensor, up: Tensor | None, activation: str, *, impl: str = "auto") -> Tensor:
+    """`act(gate) * up`, or `act(gate)`. Differentiable once in both. Saved a row: `gate` and `up`.
 
     Args:
         gate (`torch.Tensor` of shape `(..., width)`):
             Any floating dtype.
-        up (`torch.Tensor`):
+        up (`torch.Tensor`, *optional*):
             Same shape and dtype.
         activation (`str`):
             `"silu"`, `"gelu"`, `"gelu_tanh"`, `"relu"` or `"relu2"`: what `ACTIVATIONS` says for a model's name of it.
@@ -114,7 +116,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str, *, impl: str = "
     Raises:
         ValueError: `gate` and `up` differ in shape or dtype, or `activation` or `impl` is unknown.
     """
-    _check_states(gate, up, None, activation)
+    check_states(gate, up, None, activation)
     impl = resolve_impl(impl, gate)
     if impl == "reference":
         return reference.gated_activation(gate, up, activation)
@@ -182,7 +184,7 @@ def _apply(
     product: Tensor | None,
     impl: str,
 ) -> Tensor:
-    _check_states(gate, up, product, activation)
+    check_states(gate, up, product, activation)
     _check_layer(gate, weight, bias)
     impl, dtype = resolve_impl(impl, gate), linear_dtype(weight)
     if impl == "reference":
@@ -200,7 +202,7 @@ def _implementation(impl: str):
     return operators
 
 
-def _check_states(gate: Tensor, up: Tensor | None, product: Tensor | None, activation: str) -> None:
+def check_states(gate: Tensor, up: Tensor | None, product: Tensor | None, activation: str) -> None:
     if activation not in TORCH:
         raise ValueError(
             f"`activation` should be one of {list(TORCH)}, got {activation!r}. "

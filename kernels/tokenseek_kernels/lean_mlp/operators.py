@@ -18,16 +18,17 @@ def _(gate, up, activation):
 
 
 @torch.library.custom_op("tokenseek::gated_activation_backward", mutates_args=())
-def backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up."""
     grad_gate = gate.new_empty(gate.shape)
     grad_up, _ = triton.backward(grad, gate, up, activation, grad_gate, needs_product=False)
-    return grad_gate, grad_up
+    # operators return tensors: an empty one stands for the gradient of what is not there
+    return grad_gate, gate.new_empty(0) if grad_up is None else grad_up
 
 
 @backward.register_fake
 def _(grad, gate, up, activation):
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+    return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else gate.shape)
 
 
 @torch.library.custom_op("tokenseek::gated_activation_backward_", mutates_args=("grad",))

@@ -90,21 +90,28 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def gated_product(p_gate, p_up, at_gate, at_up, inside, ACTIVATION: tl.constexpr):
+    """act(gate) up of a tile, in their dtype; the activation is rounded before the product, as torch rounds it."""
+    DTYPE: tl.constexpr = p_gate.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if p_gate.dtype.element_ty == tl.float64 else tl.float32
+    gate = tl.load(p_gate + at_gate, mask=inside, other=0.0).to(ACC)
+    product, _ = _activate(gate, ACTIVATION)
+    if p_up is not None:
+        up = tl.load(p_up + at_up, mask=inside, other=0.0).to(ACC)
+        product = product.to(DTYPE).to(ACC) * up
+    return product.to(DTYPE)
+
+
+@triton.jit
 def _forward_kernel(
     p_gate, p_up, p_product, gate_stride, up_stride, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """product = act(gate) up; the activation is rounded before the product, as torch rounds it."""
-    DTYPE: tl.constexpr = p_gate.dtype.element_ty
-    ACC: tl.constexpr = tl.float64 if p_gate.dtype.element_ty == tl.float64 else tl.float32
+    """product = act(gate) up"""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    gate = tl.load(p_gate + row * gate_stride + columns, mask=inside, other=0.0).to(ACC)
-    product, _ = _activate(gate, ACTIVATION)
-    if p_up is not None:
-        up = tl.load(p_up + row * up_stride + columns, mask=inside, other=0.0).to(ACC)
-        product = product.to(DTYPE).to(ACC) * up
-    tl.store(p_product + row * width + columns, product.to(DTYPE), mask=inside)
+    product = gated_product(p_gate, p_up, row * gate_stride + columns, row * up_stride + columns, inside, ACTIVATION)
+    tl.store(p_product + row * width + columns, product, mask=inside)
 
 
 @triton.jit

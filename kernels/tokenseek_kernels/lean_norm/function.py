@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokenseek_kernels.dispatch import resolve_impl
+from tokenseek_kernels.dispatch import resolve_up_to
 from tokenseek_kernels.lean_norm import eager, reference
 
 # features of a row that Triton's programs hold in registers; torch takes wider rows
 WIDEST = 8192
 
 
-class _RMSOptions(NamedTuple):
+class RMSOptions(NamedTuple):
     eps: float
     offset: float
     cast_before_weight: bool
@@ -28,11 +28,9 @@ class RMSNormFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, options: _RMSOptions) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor | None, options: RMSOptions) -> Tensor:
         eps, offset, cast_before_weight, impl = options
-        # where the cast comes before the product with the weight, torch promotes the product
-        promotes = cast_before_weight and weight is not None
-        dtype = torch.promote_types(x.dtype, weight.dtype) if promotes else x.dtype
+        dtype = output_dtype(x, weight, cast_before_weight)
         y, rstd = _implementation(impl).rms_norm_forward(x, weight, eps, offset, cast_before_weight, dtype)
         ctx.save_for_backward(x, weight, rstd)
         ctx.options = options
@@ -108,11 +106,17 @@ def rms_norm(
         ValueError: On a weight that does not fit `x`, a dtype that is not floating, or an `impl` that is unknown or
             cannot run on `x`.
     """
-    _check(x, weight=weight)
-    impl = _resolve(impl, x)
+    check_inputs(x, weight=weight)
+    impl = resolve_up_to(WIDEST, impl, x, x.shape[-1])
     if impl == "reference":
         return reference.rms_norm(x, weight, eps, offset, cast_before_weight)
-    return RMSNormFunction.apply(x, weight, _RMSOptions(eps, offset, cast_before_weight, impl))
+    return RMSNormFunction.apply(x, weight, RMSOptions(eps, offset, cast_before_weight, impl))
+
+
+def output_dtype(x: Tensor, weight: Tensor | None, cast_before_weight: bool) -> torch.dtype:
+    """Of an RMS norm: where the cast comes before the product with the weight, torch promotes the product."""
+    promotes = cast_before_weight and weight is not None
+    return torch.promote_types(x.dtype, weight.dtype) if promotes else x.dtype
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, impl: str = "auto") -> Tensor:
@@ -139,8 +143,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         ValueError: On a weight or bias that does not fit `x`, a dtype that is not floating, or an `impl` that is
             unknown or cannot run on `x`.
     """
-    _check(x, weight=weight, bias=bias)
-    impl = _resolve(impl, x)
+    check_inputs(x, weight=weight, bias=bias)
+    impl = resolve_up_to(WIDEST, impl, x, x.shape[-1])
     if impl == "reference":
         return reference.layer_norm(x, weight, bias, eps)
     return LayerNormFunction.apply(x, weight, bias, eps, impl)
@@ -160,15 +164,7 @@ def _wanted(gradients: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> It
     return (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 
 
-def _resolve(impl: str, x: Tensor) -> str:
-    if x.shape[-1] <= WIDEST:
-        return resolve_impl(impl, x)
-    if impl == "triton":
-        raise ValueError(f"impl='triton' takes up to {WIDEST} features, `x` is {list(x.shape)}. Use impl='auto'.")
-    return resolve_impl(impl, x, ("torch", "reference"))
-
-
-def _check(x: Tensor, **parameters: Tensor | None) -> None:
+def check_inputs(x: Tensor, **parameters: Tensor | None) -> None:
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"`x` must be floating point of shape [..., width], got {x.dtype} of shape {list(x.shape)}.")
     for name, parameter in parameters.items():

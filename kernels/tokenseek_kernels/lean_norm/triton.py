@@ -162,6 +162,19 @@ def _tile_of(index, n_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return rows, columns, exists, inside
 
 
+@triton.jit
+def weighted(normed, p_weight, columns, inside, offset, DTYPE: tl.constexpr, CAST_BEFORE_WEIGHT: tl.constexpr):
+    """normed (offset + weight), rounded where the models' classes round; `DTYPE` is that of their input."""
+    if CAST_BEFORE_WEIGHT:
+        normed = normed.to(DTYPE).to(normed.dtype)
+    if p_weight is not None:
+        scale = tl.load(p_weight + columns, mask=inside, other=0.0).to(normed.dtype) + offset
+        if CAST_BEFORE_WEIGHT:
+            scale = scale.to(p_weight.dtype.element_ty).to(normed.dtype)
+        normed *= scale
+    return normed
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def _forward_kernel(
     p_x,
@@ -193,13 +206,9 @@ def _forward_kernel(
     tl.store(p_rstd + rows, rstd, mask=exists)
 
     y = states * rstd[:, None]
-    if CAST_BEFORE_WEIGHT:
-        y = y.to(p_x.dtype.element_ty).to(ACC)
-    if p_weight is not None:
-        scale = tl.load(p_weight + columns, mask=columns < width, other=0.0).to(ACC) + offset
-        if CAST_BEFORE_WEIGHT:
-            scale = scale.to(p_weight.dtype.element_ty).to(ACC)
-        y *= scale[None, :]
+    y = weighted(
+        y, p_weight, columns[None, :], (columns < width)[None, :], offset, p_x.dtype.element_ty, CAST_BEFORE_WEIGHT
+    )
     if p_bias is not None:
         y += tl.load(p_bias + columns, mask=columns < width, other=0.0).to(ACC)[None, :]
     tl.store(p_y + rows[:, None] * width + columns[None, :], y.to(p_y.dtype.element_ty), mask=inside)
