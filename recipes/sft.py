@@ -15,20 +15,18 @@ into `output_dir`, from where `AutoModelForCausalLM.from_pretrained` loads them 
 """
 
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import yaml
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # started as a file, Python looks for modules beside it and not in the root of the checkout
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hf_tokenseek import TokenSeekArguments, TokenSeekTrainer
-from recipes.checks import check_disk, check_lengths, check_output, check_records, check_strategy, checkpoint_to_resume
+from recipes.checks import check_disk, check_lengths, check_records, check_strategy
+from recipes.command import begin, read_options, run, start
 from recipes.data import PadCollator, encode
 from recipes.models import SMOLLM2, load_model
 from recipes.records import PYTHON_DOCSTRINGS, hold_out, load_records
@@ -101,42 +99,9 @@ class DataArguments:
     max_length: int = field(default=1024, metadata={"help": "Most tokens of a sequence."})
 
 
-class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """The description as it stands, the defaults behind each option."""
-
-
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TokenSeekArguments]:
-    """Read `--config FILE` (YAML or JSON) and the command line; what stands on the command line wins.
-
-    Raises:
-        `FileNotFoundError`: if there is no such file.
-        `ValueError`: if the file is no mapping or names an unknown option.
-    """
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, TokenSeekArguments),
-        usage="python recipes/sft.py [--config FILE] [--option VALUE ...]",
-        description=__doc__,
-        formatter_class=_HelpFormatter,
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of these options.")
-    config = parser.parse_known_args(argv)[0].config
-    if config is not None:
-        known = {action.dest for action in parser._actions} - {"help", "config"}
-        parser.set_defaults(**_read_config(Path(config), known))
-    *arguments, _ = parser.parse_args_into_dataclasses(list(argv))
-    return tuple(arguments)
-
-
-def _read_config(path: Path, known: set[str]) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no configuration file {str(path)!r}.")
-    options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(options, dict):
-        raise ValueError(f"The configuration file {str(path)!r} must hold `option: value` pairs.")
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise ValueError(f"{str(path)!r} has unknown options {unknown}. `python recipes/sft.py --help` lists them.")
-    return options
+    """The options of `--config FILE` and the command line; raises as [`~recipes.command.read_options`] does."""
+    return read_options(argv, (ModelArguments, DataArguments, TokenSeekArguments), "recipes/sft.py", __doc__)
 
 
 def load_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> tuple[Encoded, Encoded]:
@@ -176,10 +141,7 @@ def prepare(argv: Sequence[str]) -> TokenSeekTrainer:
         `ValueError`, `OSError` or `ModuleNotFoundError`: names what is wrong, what is allowed and the next step.
     """
     model_arguments, data_arguments, training_arguments = parse_arguments(argv)
-    check_output(training_arguments)
-    training_arguments.resume_from_checkpoint = checkpoint_to_resume(training_arguments)
-    training_arguments.eval_on_start = True
-    set_seed(training_arguments.seed)
+    begin(training_arguments)
     model, tokenizer = load_model(model_arguments.model)
     check_lengths(model, data_arguments.max_length)
     if model_arguments.use_peft:
@@ -200,24 +162,10 @@ def prepare(argv: Sequence[str]) -> TokenSeekTrainer:
     return trainer
 
 
-def run(trainer: TokenSeekTrainer) -> dict[str, float]:
-    """Train, evaluate before and after, save. Returns the metrics of the last evaluation."""
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    return metrics
-
-
 def main(argv: Sequence[str]) -> dict[str, float]:
     """Prepare and run."""
     return run(prepare(argv))
 
 
 if __name__ == "__main__":
-    try:
-        prepared = prepare(sys.argv[1:])
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        # a user's mistake needs its message, not our stack
-        sys.exit(f"sft.py: error: {error}")
-    run(prepared)
+    start(prepare)

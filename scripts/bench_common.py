@@ -11,7 +11,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,6 +98,13 @@ class Results:
         print(f"\nwritten: {self.path} and .md")
 
 
+def cell(results: Results, name: str, make: Callable[[], Any]) -> Any:
+    """The figures of cell `name`, made and written if they are not there yet."""
+    if name not in results:
+        results[name] = make()
+    return results.cells[name]
+
+
 def environment() -> dict[str, str | int]:
     """What the figures depend on; `commit` says so where the code is not what was committed."""
     import transformers
@@ -119,6 +126,12 @@ def environment() -> dict[str, str | int]:
 def in_one_line(key: dict[str, Any]) -> str:
     """`name value` of everything in it."""
     return ", ".join(f"{name} {value}" for name, value in key.items())
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Mean ± standard deviation; the mean alone of one value."""
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -16,10 +16,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from bench_common import EVIDENCE, Results, Spread, environment, in_one_line, markdown_table
+from bench_common import EVIDENCE, Results, Spread, cell, environment, in_one_line, markdown_table, mean_and_deviation
 from bench_tasks import TASKS
 from torch import nn
 from tqdm.auto import tqdm
@@ -152,13 +151,6 @@ def time_steps(methods: set[str], batch_for: Callable, repeats: int) -> dict[str
     return seconds
 
 
-def cell(results: Results, name: str, make: Callable[[], Any]) -> Any:
-    """The figures of cell `name`, made and written if they are not there yet."""
-    if name not in results:
-        results[name] = make()
-    return results.cells[name]
-
-
 def chosen_rate(results: Results, name: str) -> float:
     """The learning rate with the lowest validation loss of this method, or of the one whose rate it takes."""
     name = METHODS[name].rate_of or name
@@ -176,14 +168,13 @@ def table(results: Results) -> str:
         losses = [figures["loss"] for figures in runs]
         seconds = Spread.of(results.cells["seconds"][_timed_as(name)])
         steps = runs[0]["steps"]
-        deviation = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
         rows.append(
             [
                 name,
                 f"{runs[0]['rate']:g}",
                 str(steps),
                 str(len(losses)),
-                f"{statistics.mean(losses):.4f}{deviation}",
+                mean_and_deviation(losses),
                 f"{seconds:.2f}",
                 f"{seconds.median * steps:.0f}",
             ]

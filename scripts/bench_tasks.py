@@ -7,14 +7,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from recipes.data import encode
-from recipes.python_docstrings import (
-    INSTRUCTION,
-    module_splits,
-    python_docstrings,
-    read_source,
-    standard_library,
-    top_level,
-)
+from recipes.python_docstrings import INSTRUCTION, python_docstrings
+from recipes.source_text import source_files
 
 Encoded = list[dict[str, list[int]]]
 WORDNET_NOUNS = Path("/usr/share/wordnet/data.noun")
@@ -48,11 +42,9 @@ def long_prompts(tokenizer: PreTrainedTokenizerBase, split: str, max_length: int
 
 def source_text(tokenizer: PreTrainedTokenizerBase, split: str, max_length: int) -> Encoded:
     """Labels everywhere: the standard library's files as plain text, cut into sequences of `max_length` tokens."""
-    splits, sequences = module_splits(), []
-    for module, path in standard_library():
-        if splits.get(top_level(module)) != split:
-            continue
-        ids = tokenizer(read_source(path)[:40_000], add_special_tokens=False)["input_ids"]
+    sequences = []
+    for file in source_files(split):
+        ids = tokenizer(file[:40_000], add_special_tokens=False)["input_ids"]
         # two sequences a file at most, so that no file outweighs the others
         for start in range(0, min(len(ids), 2 * max_length) - max_length + 1, max_length):
             piece = ids[start : start + max_length]
