@@ -12,6 +12,8 @@ _HOMES = {
     "TokenSeekSFTConfig": "sft",
     "TokenSeekSFTTrainer": "sft",
     "TokenSeekTrainer": "trainer",
+    "VeloraCallback": "callbacks",
+    "VeloraConfig": "velora",
     "attach": "patching",
 }
 
@@ -24,6 +26,8 @@ __all__ = [
     "TokenSeekSFTConfig",
     "TokenSeekSFTTrainer",
     "TokenSeekTrainer",
+    "VeloraCallback",
+    "VeloraConfig",
     "attach",
 ]
 

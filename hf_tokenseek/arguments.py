@@ -5,7 +5,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .method_config import MethodConfig
 from .seek import SeekConfig
+from .velora import VeloraConfig
 
 
 @dataclass
@@ -17,11 +19,13 @@ class MethodArguments:
         seek ([`SeekConfig`], `dict` or `str`, *optional*, defaults to `"true"`):
             TokenSeek's configuration: a config, its fields, their JSON (command line: `--seek '{"context": 0.2}'`), or
             `true` / `false`. `None` and `false` turn it off: plain training.
+        velora ([`VeloraConfig`], `dict` or `str`, *optional*, defaults to `"false"`):
+            VeLoRA's configuration, likewise; off by default.
         lean (`bool`, *optional*, defaults to `False`):
             Swap norms, MLPs and LoRA layers for exact ones that save less for backward.
 
     Raises:
-        ValueError: a field of `seek` is unknown or outside its allowed set.
+        ValueError: a field of `seek` or `velora` is unknown or outside its allowed set.
     """
 
     # the command line takes strings only, so the type is the one that HfArgumentParser can fill
@@ -30,18 +34,24 @@ class MethodArguments:
         metadata={"help": "TokenSeek's configuration as JSON, e.g. '{\"context\": 0.2}', or true / false."},
     )
 
+    velora: str | None = field(
+        default="false",
+        metadata={"help": "VeLoRA's configuration as JSON, e.g. '{\"groups\": 32}', or true / false."},
+    )
+
     lean: bool = field(
         default=False,
         metadata={"help": "Swap norms, MLPs and LoRA layers for exact ones that save less for backward."},
     )
 
     def __post_init__(self):
-        self.seek = SeekConfig.parse(self.seek)
+        self.seek, self.velora = SeekConfig.parse(self.seek), VeloraConfig.parse(self.velora)
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
-        """As in [`~transformers.TrainingArguments`], with `seek` as a `dict`."""
-        return {**super().to_dict(), "seek": None if self.seek is None else asdict(self.seek)}
+        """As in [`~transformers.TrainingArguments`], with the methods' configurations as `dict`s."""
+        own = {name: value for name, value in vars(self).items() if isinstance(value, MethodConfig)}
+        return {**super().to_dict(), **{name: asdict(value) for name, value in own.items()}}
 
 
 @dataclass
@@ -54,9 +64,11 @@ class TokenSeekArguments(MethodArguments, TrainingArguments):
     Args:
         seek ([`SeekConfig`], `dict` or `str`, *optional*, defaults to `"true"`):
             TokenSeek's configuration; `None` and `false` turn it off.
+        velora ([`VeloraConfig`], `dict` or `str`, *optional*, defaults to `"false"`):
+            VeLoRA's configuration, likewise; off by default.
         lean (`bool`, *optional*, defaults to `False`):
             Swap norms, MLPs and LoRA layers for exact ones that save less for backward.
 
     Raises:
-        ValueError: a field of `seek` is unknown or outside its allowed set.
+        ValueError: a field of `seek` or `velora` is unknown or outside its allowed set.
     """

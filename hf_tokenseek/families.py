@@ -73,6 +73,9 @@ WINDOW_FROM_CONFIG = ("phimoe",)
 # Families that multiply the logits by `logits_scaling`; the others divide.
 LOGITS_MULTIPLIED = ("hyperclovax",)
 
+# Families whose attention and MLP read one and the same tensor.
+SHARED_BLOCK_INPUT = ("cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "phi")
+
 # Families with a further module between the backbone and the output embeddings.
 BEFORE_HEAD = {"modernbert-decoder": "lm_head"}
 

@@ -2,28 +2,25 @@
 
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from . import __version__
-from .seek import SeekConfig
 
 TAG = "tokenseek"
 START, END = "<!-- hf_tokenseek: start -->", "<!-- hf_tokenseek: end -->"
 
 
-def write_model_card(folder: str | Path, model: nn.Module, seek: SeekConfig | None, lean: bool) -> None:
+def write_model_card(folder: str | Path, model: nn.Module, methods: dict) -> None:
     """
     Writes `README.md` beside a saved model; in a card that is there already, adds the tag and replaces our section.
 
     Args:
         folder (`str` or `Path`): where the model was saved.
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): the trained model, for the name of its base.
-        seek ([`SeekConfig`], *optional*): TokenSeek's configuration.
-        lean (`bool`): whether layers were lean.
+        methods (`dict`): each method's configuration, `None` or `False` where it was off.
     """
     file = Path(folder) / "README.md"
     if file.is_file():
@@ -34,7 +31,7 @@ def write_model_card(folder: str | Path, model: nn.Module, seek: SeekConfig | No
     card.data.tags = sorted({*(card.data.tags or []), TAG})
     before, _, rest = card.text.partition(START)
     after = rest.partition(END)[2]
-    card.text = f"{before.rstrip()}\n\n{_section(seek, lean)}{after}"
+    card.text = f"{before.rstrip()}\n\n{_section(methods)}{after}"
     card.save(file)
 
 
@@ -45,8 +42,8 @@ def _metadata(model: nn.Module) -> ModelCardData:
     return ModelCardData(base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=[TAG])
 
 
-def _section(seek: SeekConfig | None, lean: bool) -> str:
-    options = json.dumps({"seek": None if seek is None else asdict(seek), "lean": lean}, indent=2)
+def _section(methods: dict) -> str:
+    options = json.dumps(methods, indent=2)
     return (
         f"{START}\n## Training\n\n"
         f"Trained with hf_tokenseek {__version__}"

@@ -26,6 +26,38 @@ def find_causal_lm(model: nn.Module) -> nn.Module:
     return model
 
 
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """
+    The decoder layers of a causal language model, and their path.
+
+    Raises:
+        ValueError: there is no list of as many modules as the config has layers.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for path, module in model.base_model.named_modules(prefix=model.base_model_prefix):
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return path, module
+    raise ValueError(f"{type(model).__name__} has no list of {count} decoder layers: not supported.")
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """
+    Evaluation mode without dropout and router noise; gives every module its own mode back.
+
+    The layers of bitsandbytes keep theirs: on some CPUs a 4-bit layer in evaluation mode repacks its weight for
+    inference, for good, and has no backward any more.
+    """
+    training = [m for m in model.modules() if m.training and not type(m).__module__.startswith("bitsandbytes.")]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable):
     """Whoever calls `module` gets what `forward` returns; the module's hooks run as ever."""
@@ -68,6 +100,13 @@ class PatchedForward:
             vars(self.model).update(self.before)
 
 
+def leads_to(forward: Callable | None, patched: Callable) -> bool:
+    """Whether `forward` is `patched`, or one of the wrappers around it that say what they wrap."""
+    while forward is not None and forward is not patched:
+        forward = getattr(forward, "__wrapped__", None)
+    return forward is patched
+
+
 class Attachment:
     """
     Handle of what [`attach`] did; a context manager.
@@ -75,10 +114,11 @@ class Attachment:
     Args:
         seek ([`SeekHandle`], *optional*): the attached TokenSeek.
         lean ([`LeanHandle`], *optional*): the lean layers.
+        velora ([`VeloraHandle`], *optional*): the attached VeLoRA.
     """
 
-    def __init__(self, seek=None, lean=None):
-        self.seek, self.lean = seek, lean
+    def __init__(self, seek=None, lean=None, velora=None):
+        self.seek, self.lean, self.velora = seek, lean, velora
 
     @property
     def selection(self):
@@ -98,11 +138,11 @@ class Attachment:
 
     def undo(self) -> None:
         """Takes everything back."""
-        for handle in self._handles():
+        for handle in reversed(self._handles()):
             handle.undo()
 
     def _handles(self) -> list:
-        return [handle for handle in (self.seek, self.lean) if handle is not None]
+        return [handle for handle in (self.seek, self.lean, self.velora) if handle is not None]
 
     def __enter__(self) -> "Attachment":
         return self
@@ -111,7 +151,7 @@ class Attachment:
         self.undo()
 
 
-def attach(model: nn.Module, *, seek=None, lean: bool = False) -> Attachment:
+def attach(model: nn.Module, *, seek=None, velora=None, lean: bool = False) -> Attachment:
     """
     Attaches methods to a model for plain training loops.
 
@@ -127,6 +167,9 @@ def attach(model: nn.Module, *, seek=None, lean: bool = False) -> Attachment:
             The model; its instance is patched, never its class.
         seek ([`SeekConfig`], `dict` or `bool`, *optional*):
             TokenSeek's configuration; `True` for the defaults.
+        velora ([`VeloraConfig`], `dict` or `bool`, *optional*):
+            VeLoRA's configuration; `True` for the defaults. With `compressed_state`, hand the model's trained
+            parameters to [`~velora.VeloraAdamW`] afterwards.
         lean (`bool`, *optional*, defaults to `False`):
             Swap norms, MLPs and LoRA layers for exact ones that save less.
 
@@ -139,16 +182,20 @@ def attach(model: nn.Module, *, seek=None, lean: bool = False) -> Attachment:
     from .lean import LeanHandle
     from .seek import SeekConfig
     from .seek.attach import SeekHandle
+    from .velora import VeloraConfig
+    from .velora.attach import VeloraHandle
 
-    config = SeekConfig.parse(seek)
-    if config is None and not lean:
-        raise ValueError("attach() got no method to attach. Pass seek=SeekConfig(), seek=True or lean=True.")
+    config, velora_config = SeekConfig.parse(seek), VeloraConfig.parse(velora)
+    if config is None and velora_config is None and not lean:
+        raise ValueError("attach() got no method to attach. Pass seek=True, velora=True or lean=True.")
     attached = Attachment()
     try:
         if config is not None:
             attached.seek = SeekHandle(model, config)
         if lean:
             attached.lean = LeanHandle(model)
+        if velora_config is not None:
+            attached.velora = VeloraHandle(model, velora_config)
     except ValueError:
         attached.undo()
         raise

@@ -1,10 +1,14 @@
 """`Trainer` with TokenSeek inside."""
 
+from dataclasses import asdict
+
+import torch
 from transformers import Trainer
 
-from .callbacks import LeanCallback, LoggedMetrics, MemoryCallback, SeekCallback
+from .callbacks import LeanCallback, LoggedMetrics, MemoryCallback, SeekCallback, VeloraCallback
 from .model_card import write_model_card
 from .seek import SeekConfig
+from .velora import VeloraAdamW
 
 
 class TokenSeekMixin:
@@ -23,12 +27,15 @@ class TokenSeekMixin:
             callbacks.append(SeekCallback(seek))
         if getattr(args, "lean", False) and not any(isinstance(c, LeanCallback) for c in callbacks):
             callbacks.append(LeanCallback())
+        velora = getattr(args, "velora", None)
+        if velora is not None and not any(isinstance(c, VeloraCallback) for c in callbacks):
+            callbacks.append(VeloraCallback(velora))
         if not any(isinstance(c, MemoryCallback) for c in callbacks):
             callbacks.append(MemoryCallback())
         super().__init__(model, args, *positional, callbacks=callbacks, compute_loss_func=compute_loss_func, **kwargs)
         for callback in self.callback_handler.callbacks:
             # trl's trainers replace the model's forward when Trainer's own __init__, and so attaching, is done
-            if isinstance(callback, SeekCallback):
+            if isinstance(callback, (SeekCallback, VeloraCallback)):
                 callback.handle.resume()
         for callback in self._logged():
             callback.logged_by_trainer = True
@@ -40,13 +47,40 @@ class TokenSeekMixin:
                 logs.update(callback.metrics())
         super().log(logs, *args, **kwargs)
 
+    def create_optimizer(self, *args, **kwargs):
+        """The optimizer that the arguments name; with compressed states the AdamW that knows them."""
+        velora = self._callback(VeloraCallback)
+        if velora is not None and velora.config.compressed_state and self.optimizer_cls_and_kwargs is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if kind is not torch.optim.AdamW:
+                raise ValueError(
+                    f"compressed_state=True needs AdamW, got optim={self.args.optim!r}. Set optim='adamw_torch'."
+                )
+            options = {**options, "moments": velora.config.moments}
+            self.optimizer_cls_and_kwargs = VeloraAdamW, options
+        return super().create_optimizer(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args, **kwargs) -> None:
+        """Loads as ever, and tells VeLoRA where its directions are."""
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        velora = self._callback(VeloraCallback)
+        if velora is not None:
+            velora.checkpoint = resume_from_checkpoint
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Saves as ever, and says in the model card how the weights were trained."""
         super()._save(output_dir, state_dict)
-        seek = next((c.config for c in self.callback_handler.callbacks if isinstance(c, SeekCallback)), None)
-        lean = any(isinstance(c, LeanCallback) for c in self.callback_handler.callbacks)
-        if seek is not None or lean:
-            write_model_card(output_dir or self.args.output_dir, self.model, seek, lean)
+        seek, velora = (self._callback(kind) for kind in (SeekCallback, VeloraCallback))
+        methods = {
+            "seek": None if seek is None else asdict(seek.config),
+            "velora": None if velora is None else asdict(velora.config),
+            "lean": self._callback(LeanCallback) is not None,
+        }
+        if any(methods.values()):
+            write_model_card(output_dir or self.args.output_dir, self.model, methods)
+
+    def _callback(self, kind: type):
+        return next((c for c in self.callback_handler.callbacks if isinstance(c, kind)), None)
 
     def _logged(self) -> list[LoggedMetrics]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, LoggedMetrics)]
@@ -57,7 +91,8 @@ class TokenSeekTrainer(TokenSeekMixin, Trainer):
     Drop-in for [`~transformers.Trainer`]: the same model, trained with a fraction of the activation memory.
 
     Takes what `Trainer` takes. With plain `TrainingArguments` TokenSeek is on with its defaults; with
-    [`TokenSeekArguments`] the fields `seek` and `lean` decide. Logs `seek/...`, `memory/...` and `speed/...`.
+    [`TokenSeekArguments`] the fields `seek`, `velora` and `lean` decide. Logs `seek/...`, `velora/...`, `memory/...`
+    and `speed/...`.
 
     ```python
     trainer = TokenSeekTrainer(model, args=TokenSeekArguments(output_dir="out", seek={"context": 0.2}), ...)

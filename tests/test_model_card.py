@@ -1,6 +1,7 @@
 """What a saved model says about its training."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 from huggingface_hub import ModelCard
@@ -60,10 +61,10 @@ def test_without_tokenseek_nothing_is_written(tiny_llama, tmp_path, kind):
 
 def test_a_card_is_kept_and_our_section_replaced(tiny_llama, tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\ntags: [mine]\n---\n\n# Mine\n\nBefore.\n")
-    write_model_card(tmp_path, tiny_llama(), SeekConfig(), lean=False)
+    write_model_card(tmp_path, tiny_llama(), {"seek": asdict(SeekConfig()), "lean": False})
     file = tmp_path / "README.md"
     file.write_text(file.read_text() + "\nBehind.\n")
-    write_model_card(tmp_path, tiny_llama(), SeekConfig(context=0.5), lean=False)
+    write_model_card(tmp_path, tiny_llama(), {"seek": asdict(SeekConfig(context=0.5)), "lean": False})
     card = ModelCard.load(file)
     assert card.data.license == "mit" and card.data.tags == ["mine", "tokenseek"]
     assert card.text.count(START) == 1 and options_in(card)["seek"]["context"] == 0.5
@@ -73,5 +74,5 @@ def test_a_card_is_kept_and_our_section_replaced(tiny_llama, tmp_path):
 def test_a_folder_is_no_base_model(tiny_llama, tmp_path):
     model = tiny_llama()
     model.config._name_or_path = str(tmp_path)
-    write_model_card(tmp_path, model, SeekConfig(), lean=False)
+    write_model_card(tmp_path, model, {"seek": asdict(SeekConfig()), "lean": False})
     assert ModelCard.load(tmp_path / "README.md").data.base_model is None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from tokenseek_kernels import ACTIVATIONS, activated_linear, gated_activation, gated_linear
+from tokenseek_kernels import ACTIVATIONS, activated_linear, gated_activation, gated_activation_compress, gated_linear
 
 from .adapters import plain_adapters, with_adapters
 from .trial import Trial, compare, small_copy
@@ -90,12 +90,19 @@ def activated_down(down: nn.Module, inner: list[Tensor], activation: str, module
 
     A plain linear layer is computed by our function; a LoRA layer by its frozen base, which keeps nothing of its
     input, and our function in place of its A. Any other layer (DoRA, watched by hooks) runs as it is and keeps its
-    input if it needs it; the activation of a gated MLP is not kept even then.
+    input if it needs it; the activation of a gated MLP is not kept even then. VeLoRA's layer gets the product
+    compressed, where Triton runs in the same pass.
     """
     gated = len(inner) == 2
     linear = gated_linear if gated else activated_linear
     if type(down) is nn.Linear and not _is_hooked(down):
         return linear(*inner, down.weight, down.bias, activation)
+    velora = getattr(down, "velora_input", None)
+    if velora is not None and velora.is_wanted(down):
+        states, projector = (inner if gated else (inner[0], None)), velora.projector
+        return down(
+            velora.offer(*gated_activation_compress(*states, activation, projector.directions, projector.size))
+        )
     product = gated_activation(*inner, activation) if gated else module(inner[0])
     adapters = None if _is_hooked(down) else plain_adapters(down)
     if adapters is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tokenseek_kernels import layer_norm, rms_norm
+from tokenseek_kernels import layer_norm, rms_norm, rms_norm_compress
 
 from .trial import Trial, compare, shape_of, small_copy
 
@@ -19,8 +19,13 @@ def _eps(module: nn.Module) -> float:
 
 def _rms(offset: float, cast_before_weight: bool) -> Callable[[nn.Module, Tensor], Tensor]:
     def forward(self, hidden_states: Tensor) -> Tensor:
-        weight = getattr(self, "weight", None)
-        return rms_norm(hidden_states, weight, _eps(self), offset=offset, cast_before_weight=cast_before_weight)
+        inputs = hidden_states, getattr(self, "weight", None), _eps(self)
+        rule = {"offset": offset, "cast_before_weight": cast_before_weight}
+        velora = getattr(self, "velora_input", None)
+        if velora is None or not velora.is_wanted(self):
+            return rms_norm(*inputs, **rule)
+        projector = velora.projector
+        return velora.offer(*rms_norm_compress(*inputs, projector.directions, projector.size, **rule))
 
     return forward
 

@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from ..patching import PatchedForward, find_causal_lm
+from ..patching import PatchedForward, find_causal_lm, leads_to
 from .adapters import check_adapters
 from .attention import register_attention
 from .batch import Sizes
@@ -67,7 +67,7 @@ class SeekHandle:
 
     def resume(self) -> None:
         """Goes on after [`pause`], around whatever has replaced the model's forward since (trl's fused head)."""
-        if not _leads_to(self.model.forward, self.patch.forward):
+        if not leads_to(self.model.forward, self.patch.forward):
             self.patch.undo()
             self._patch_forward()
         self.patch.active = True
@@ -160,13 +160,6 @@ class SeekHandle:
                 )
 
         return self.decoder.backbone.register_forward_pre_hook(guard, with_kwargs=True)
-
-
-def _leads_to(forward: Callable | None, patched: Callable) -> bool:
-    """Whether `forward` is `patched`, or one of the wrappers around it that say what they wrap."""
-    while forward is not None and forward is not patched:
-        forward = getattr(forward, "__wrapped__", None)
-    return forward is patched
 
 
 def _mixed_precision(model: nn.Module) -> torch.dtype | None:

@@ -1,8 +1,9 @@
 """What a user can choose about TokenSeek."""
 
-import json
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+
+from ..method_config import MethodConfig
 
 SCORES = ("evidence", "context", "gradient", "loss", "entropy", "recent", "random", "hybrid", "paper")
 CONTEXT_BIASES = ("none", "count", "harmonic")
@@ -11,7 +12,7 @@ MIXES = ("rank", "zscore")
 
 
 @dataclass
-class SeekConfig:
+class SeekConfig(MethodConfig):
     """
     Configuration of TokenSeek: which tokens take part in the backward pass.
 
@@ -61,6 +62,8 @@ class SeekConfig:
         ValueError: a value lies outside its allowed set.
     """
 
+    field_name = "seek"
+
     context: float = field(default=0.1, metadata={"help": "Share of unlabelled positions kept as evidence."})
     labelled: float = field(default=1.0, metadata={"help": "Share of labelled positions kept as loss rows."})
     ratio: float | None = field(default=None, metadata={"help": "The paper's single budget over all positions."})
@@ -77,63 +80,19 @@ class SeekConfig:
     seed: int = field(default=0, metadata={"help": "Seed of random scores and of the stochastic top-k."})
 
     def __post_init__(self):
-        for names, kind, word in (
-            (("context", "labelled", "ratio", "alpha", "beta", "temperature"), Real, "number"),
-            (("evidence_queries", "probe_steps", "seed"), Integral, "whole number"),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if not isinstance(value, kind) and not (name == "ratio" and value is None):
-                    raise ValueError(f"`{name}` should be a {word}, got {value!r}.")
+        self._check_kind(Real, "number", "context", "labelled", "ratio", "alpha", "beta", "temperature")
+        self._check_kind(Integral, "whole number", "evidence_queries", "probe_steps", "seed")
         for name in ("context", "labelled", "ratio"):
             value, lowest = getattr(self, name), 0.0 if name == "context" else 1e-9
             if value is not None and not lowest <= value <= 1.0:
                 bound = "[0, 1]" if name == "context" else "(0, 1]"
                 raise ValueError(f"`{name}` should be a share in {bound}, got {value}. Use 1.0 for plain training.")
-        for name, allowed in (
-            ("score", SCORES),
-            ("mix", MIXES),
-            ("gradient_norm", GRADIENT_NORMS),
-            ("context_bias", CONTEXT_BIASES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` should be one of {list(allowed)}, got {getattr(self, name)!r}.")
+        self._check_allowed("score", SCORES)
+        self._check_allowed("mix", MIXES)
+        self._check_allowed("gradient_norm", GRADIENT_NORMS)
+        self._check_allowed("context_bias", CONTEXT_BIASES)
         if self.evidence_queries < 1:
             raise ValueError(f"`evidence_queries` should be at least 1, got {self.evidence_queries}.")
         for name in ("temperature", "probe_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` should be 0 (off) or positive, got {getattr(self, name)}.")
-
-    @classmethod
-    def parse(cls, value: "SeekConfig | dict | str | bool | None") -> "SeekConfig | None":
-        """
-        Reads the config from what YAML, a command line or code may hold.
-
-        Args:
-            value (`SeekConfig`, `dict`, `str`, `bool`, *optional*):
-                A config, its fields, JSON of its fields, `True` for the defaults; `False`, `None` or the words
-                `"false"`, `"none"`, `"null"`, `"off"` turn TokenSeek off.
-
-        Raises:
-            ValueError: the value is of another kind, or names an unknown field.
-        """
-        if isinstance(value, str):
-            words = {"true": True, "on": True, "false": None, "none": None, "null": None, "off": None}
-            lowered = value.strip().lower()
-            try:
-                value = words[lowered] if lowered in words else json.loads(value)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"`seek` should be JSON such as '{{\"context\": 0.2}}', true or false, got {value!r} ({error})."
-                ) from error
-        if value is None or value is False or isinstance(value, cls):
-            return value or None
-        if value is True:
-            return cls()
-        if isinstance(value, dict):
-            known = list(cls.__dataclass_fields__)
-            unknown = sorted(set(value) - set(known))
-            if unknown:
-                raise ValueError(f"`seek` has unknown fields {unknown}. Allowed: {known}.")
-            return cls(**value)
-        raise ValueError(f"`seek` should be a SeekConfig, dict, JSON, bool or None, got {type(value).__name__}.")

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..families import POSITIONS_FROM_MASK
+from ..seeds import mixed_seed
 from .batch import Batch, Sizes, prepare
 from .config import SeekConfig
 from .cost import is_checkpointed
@@ -70,7 +71,7 @@ def train_selected(
     decoder: Decoder, batch: Batch, config: SeekConfig, head: LossHead | FusedHead, *place: int
 ) -> Trained:
     """Scouts, scores, selects, runs the selected rows with gradient; `place` in the run seeds all that is random."""
-    generator = torch.Generator().manual_seed(_seed(config.seed, *place))
+    generator = torch.Generator().manual_seed(mixed_seed(config.seed, *place))
     score = SCORE_FUNCTIONS[config.score]
     scouted, found = decoder.scout(batch, score, config.evidence_queries)
     selection = select(score.compute(found, batch, config, generator), batch, config, generator)
@@ -90,12 +91,3 @@ def count_items(items: Tensor | int | None, batch: Batch) -> Tensor | int:
 
 def _is_off(value) -> bool:
     return value is None or (isinstance(value, (bool, int)) and not value)
-
-
-def _seed(*parts: int) -> int:
-    """One seed from several integers; different parts give unrelated streams."""
-    seed = 0x9E3779B97F4A7C15
-    for part in parts:
-        seed = (seed ^ part) * 0xBF58476D1CE4E5B9 % 2**63
-        seed ^= seed >> 31
-    return seed

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tokenseek_kernels import HeadStatistics, head_statistics, linear_cross_entropy
 
 from ..families import BEFORE_HEAD, LOGITS_MULTIPLIED
-from ..patching import replaced_forward
+from ..patching import evaluating, find_layers, replaced_forward
 from .attention import DitchState, ScoutState
 from .batch import IGNORE, Batch
 from .scores import Score, Scouted
@@ -37,7 +37,7 @@ class Decoder:
         }
         before_head = BEFORE_HEAD.get(config.model_type)
         self.before_head = getattr(model, before_head) if before_head else nn.Identity()
-        self.layers = _decoder_layers(self.backbone, config.num_hidden_layers)
+        _, self.layers = find_layers(model)
         self.heads = config.num_attention_heads
 
     def scout(self, batch: Batch, score: Score, most_queries: int) -> tuple[ScoutState, Scouted]:
@@ -46,7 +46,7 @@ class Decoder:
         if score.mass_from is not None:
             mass_rows = real_rows(batch) if score.mass_from == "all" else labelled_rows(batch, most_queries)
         state = ScoutState(batch.visibility, mass_rows, len(self.layers) if score.last_block else None)
-        with torch.no_grad(), _evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model):
             if score.last_block:
                 gradient = self._last_block_gradient(batch, state)
                 found = Scouted(state.mass, block_gradient=gradient, heads=self.heads)
@@ -142,31 +142,6 @@ class Decoder:
 
         losses = self._through_head(frozen, hidden.flatten(0, 1))
         return torch.autograd.grad(losses.sum(), found["input"])[0]
-
-
-def _decoder_layers(backbone: nn.Module, count: int) -> nn.ModuleList:
-    for module in backbone.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ValueError(f"{type(backbone).__name__} has no list of {count} decoder layers: not supported.")
-
-
-@contextmanager
-def _evaluating(model: nn.Module):
-    """
-    Evaluation mode without dropout and router noise; gives every module its own mode back.
-
-    The layers of bitsandbytes keep theirs: on some CPUs a 4-bit layer in evaluation mode repacks its weight for
-    inference, for good, and has no backward any more.
-    """
-    training = [m for m in model.modules() if m.training and not type(m).__module__.startswith("bitsandbytes.")]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -47,13 +47,13 @@ def refuse_strategies(args: TrainingArguments, config: SeekConfig) -> None:
             "`torchrun`, or show it one GPU by CUDA_VISIBLE_DEVICES."
         )
     state = AcceleratorState()
-    split = _split(args, state)
-    if split is not None:
+    found = split(args, state)
+    if found is not None:
         raise ValueError(
-            f"TokenSeek does not support {split}: a rank selects among whole sequences and whole heads, and would see "
+            f"TokenSeek does not support {found}: a rank selects among whole sequences and whole heads, and would see "
             "a part of them. Leave it out; TokenSeek itself makes long sequences fit, with FSDP2 or ZeRO-3."
         )
-    sharded = _sharded(state)
+    sharded = sharding(state)
     if sharded is None:
         return
     if sharded == "FSDP1":
@@ -70,7 +70,7 @@ def refuse_strategies(args: TrainingArguments, config: SeekConfig) -> None:
             )
 
 
-def _split(args: TrainingArguments, state: AcceleratorState) -> str | None:
+def split(args: TrainingArguments, state: AcceleratorState) -> str | None:
     """The setting by which a sequence, or a layer, is split among ranks."""
     parallelism = getattr(args, "parallelism_config", None) or getattr(state, "parallelism_config", None)
     for name in ("tp_size", "cp_size", "sp_size"):
@@ -83,7 +83,7 @@ def _split(args: TrainingArguments, state: AcceleratorState) -> str | None:
     return None
 
 
-def _sharded(state: AcceleratorState) -> str | None:
+def sharding(state: AcceleratorState) -> str | None:
     """The name of the strategy that shards weights, if one does."""
     if state.distributed_type == DistributedType.FSDP:
         return f"FSDP{state.fsdp_plugin.fsdp_version}"

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from hf_tokenseek.patching import find_layers
 from hf_tokenseek.seek.attention import _original_attention
-from hf_tokenseek.seek.passes import _decoder_layers
 
 
 def _detaching_attention(module, query, key, value, attention_mask, **kwargs):
@@ -28,7 +28,6 @@ def detached_rows(model, keep):
     While open, `model` computes as always, but no gradient passes through rows outside `keep` (bool, `(batch, n)`):
     neither through their hidden states at any layer nor through their keys and values.
     """
-    backbone = model.base_model
     original = model.config._attn_implementation
     model.set_attn_implementation("naive_detach")
     for module in model.modules():
@@ -39,7 +38,7 @@ def detached_rows(model, keep):
         hidden = torch.where(keep[:, :, None], hidden, hidden.detach())
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    layers = _decoder_layers(backbone, model.config.get_text_config().num_hidden_layers)
+    _, layers = find_layers(model)
     hooks = [module.register_forward_hook(cut) for module in [model.get_input_embeddings(), *layers]]
     # what is added between the embedding and the first layer (positions, norms) belongs to a row as well
 

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from hf_tokenseek import SeekConfig, attach
 from hf_tokenseek.families import MIXES_PACKED, POSITIONS_FROM_MASK, SUPPORTED
+from hf_tokenseek.patching import evaluating
 from hf_tokenseek.seek.attention import ScoutState
 from hf_tokenseek.seek.batch import IGNORE, prepare
-from hf_tokenseek.seek.passes import Decoder, _evaluating
+from hf_tokenseek.seek.passes import Decoder
 from hf_tokenseek.seek.select import Selection
 from scripts import write_families_doc
 from tests.seek.naive import naive_loss
@@ -173,7 +174,7 @@ def engine(model, family: str, case: Case):
         batch = prepare(config, tokens, case.labels, mask, positions, positions_from_mask=counted)
         assert torch.equal(batch.targets, case.targets)
         state = ScoutState(batch.visibility)
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             scouted = head(decoder, decoder._run(batch.tokens, batch.positions, state))
         targets = batch.targets.gather(1, case.rows.clamp(min=0)).masked_fill(case.rows < 0, IGNORE)
         hidden = decoder.ditch(batch, state, Selection(case.rows, targets, torch.ones(case.rows.shape)))

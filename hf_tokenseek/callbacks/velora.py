@@ -1,0 +1,125 @@
+"""VeLoRA in any `Trainer`, as a callback."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..velora import VeloraAdamW, VeloraConfig
+from ..velora.attach import VeloraHandle
+from ..velora.ranks import refuse_strategies
+from .logging import LoggedMetrics
+
+STATE_FILE = "velora.pt"
+
+
+class VeloraCallback(LoggedMetrics):
+    """
+    Trains with VeLoRA in any `Trainer`: linear layers keep a few numbers a token of their input.
+
+    ```python
+    trainer = Trainer(model, args, train_dataset=dataset, callbacks=[VeloraCallback(VeloraConfig(groups=32))])
+    ```
+
+    The layers are swapped when the trainer is built and given back when training ends. Each checkpoint gets a file
+    `velora.pt` with the directions, from which a resumed run goes on exactly. Logs `velora/saved_mib`, and on probe
+    steps `velora/retained_energy` and `velora/gradient_cosine`.
+
+    Args:
+        config ([`VeloraConfig`], `dict` or `bool`, *optional*): what to compress; defaults to `VeloraConfig()`.
+
+    Attributes:
+        checkpoint (`str` or `Path`, *optional*):
+            Folder that a run is resumed from. [`TokenSeekTrainer`] sets it; else it is the checkpoint of the resumed
+            step in `output_dir`.
+
+    Raises:
+        ValueError: the model, its layers or a training argument is not supported, by name.
+    """
+
+    def __init__(self, config: VeloraConfig | dict | bool | None = None):
+        self.config = VeloraConfig() if config is None else VeloraConfig.parse(config)
+        if self.config is None:
+            raise ValueError("VeloraCallback was told to be off. Leave it out of `callbacks` instead.")
+        self.handle: VeloraHandle | None = None
+        self.checkpoint: str | Path | None = None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
+        refuse_strategies(args, self.config)
+        self._attach(model)
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        self._attach(model)
+        self.handle.resume()
+        if self.config.compressed_state:
+            check_optimizer(optimizer)
+        if state.global_step:
+            folder = self.checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.handle.load_state_dict(read_state(Path(folder)))
+        if state.is_local_process_zero:
+            print(self.handle.swapped(), flush=True)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.handle.begin_step(state.global_step)
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            scratch = folder / f"{STATE_FILE}.tmp"
+            torch.save(self.handle.state_dict(), scratch)
+            scratch.replace(folder / STATE_FILE)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.handle.undo()
+        self.handle = None
+
+    def metrics(self, reset: bool = True) -> dict[str, float]:
+        """
+        The figures of [`Telemetry`] since the last call with `reset`.
+
+        Args:
+            reset (`bool`, *optional*, defaults to `True`): whether the next call starts from here.
+        """
+        return {} if self.handle is None else self.handle.telemetry.read(reset)
+
+    def _attach(self, model: nn.Module) -> None:
+        # `model_init` makes another model than the one that `__init__` has seen
+        if self.handle is not None and self.handle.attached_to is not model:
+            self.handle.undo()
+            self.handle = None
+        if self.handle is None:
+            self.handle = VeloraHandle(model, self.config)
+
+
+def read_state(folder: Path) -> dict:
+    """
+    VeLoRA's state in a checkpoint.
+
+    Raises:
+        ValueError: the file is missing or cannot be read.
+    """
+    file = folder / STATE_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} has no {STATE_FILE}: it was saved without VeLoRA, or the run was killed while it was saved. "
+            "Resume from an older checkpoint, or turn VeLoRA off."
+        )
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a torn file makes torch raise
+        raise ValueError(f"{file} cannot be read ({error}). Resume from an older checkpoint.") from error
+
+
+def check_optimizer(optimizer) -> None:
+    """
+    Refuses an optimizer that would treat compressed gradients as if they were weights.
+
+    Raises:
+        ValueError: says which one to use.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, VeloraAdamW):
+        raise ValueError(
+            f"compressed_state=True needs VeloraAdamW, got {type(inner).__name__}. Use TokenSeekTrainer, which builds "
+            "it, or pass optimizer_cls_and_kwargs=(hf_tokenseek.velora.VeloraAdamW, {'lr': ...}) to the trainer."
+        )

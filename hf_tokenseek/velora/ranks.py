@@ -1,0 +1,39 @@
+"""Which ways of sharing work among processes VeLoRA does not know."""
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
+
+from ..seek.ranks import sharding, split
+from .config import VeloraConfig
+
+
+def refuse_strategies(args: TrainingArguments, config: VeloraConfig) -> None:
+    """
+    Refuses the ways of sharing work among processes that VeLoRA has not been verified with.
+
+    Verified by tests/distributed: DDP, FSDP2, DeepSpeed ZeRO-1, 2 and 3; with compressed optimizer state DDP.
+
+    Args:
+        args (`transformers.TrainingArguments`): a trainer's arguments.
+        config ([`VeloraConfig`]): what is to be compressed.
+
+    Raises:
+        ValueError: names the argument, says why, and the next step.
+    """
+    state = AcceleratorState()
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"VeLoRA does not support torch.nn.DataParallel (n_gpu={args.n_gpu}): replicas would share one cache. "
+            "Start one process a GPU with `accelerate launch` or `torchrun`."
+        )
+    if (found := split(args, state)) is not None:
+        raise ValueError(f"VeLoRA does not support {found}: directions are drawn over whole inputs. Leave it out.")
+    if sharding(state) == "FSDP1":
+        raise ValueError("VeLoRA does not support version 1 of FSDP. Set `fsdp_version: 2`.")
+    if config.compressed_state and state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"compressed_state=True does not support {state.distributed_type.value}: it shards or flattens "
+            "parameters, and the update reaches a weight through its compressed gradient. Use DDP, or "
+            "compressed_state=False."
+        )

@@ -1,0 +1,62 @@
+"""What VeLoRA did to inputs and gradients, in figures for the log."""
+
+import torch
+from torch import Tensor
+
+
+class Telemetry:
+    """
+    Collects figures between two logs.
+
+    Attributes:
+        probing (`bool`): whether this micro-batch measures fidelity, for which the layers keep their inputs.
+    """
+
+    def __init__(self):
+        self.probing = False
+        self._saved = self._micro_batches = 0
+        self._reset_probe()
+
+    def begin_micro_batch(self, probing: bool) -> None:
+        """A training forward begins."""
+        self.probing = probing
+        self._micro_batches += 1
+
+    def observe_input(self, x: Tensor, z: Tensor) -> None:
+        """An input was compressed."""
+        self._saved += x.numel() * x.element_size() - z.numel() * z.element_size()
+        if self.probing:
+            self._energies.append(torch.stack([z.float().square().sum(), x.detach().float().square().sum()]))
+
+    def observe_gradient(self, compressed: Tensor, exact: Tensor) -> None:
+        """A weight's compressed gradient, and the exact one."""
+        compressed, exact = compressed.float(), exact.float()
+        pair = (compressed * exact).sum(), compressed.square().sum(), exact.square().sum()
+        self._products.append(torch.stack(pair))
+
+    def read(self, reset: bool = True) -> dict[str, float]:
+        """
+        The figures since the last call with `reset`.
+
+        Returns:
+            `dict[str, float]`: `velora/saved_mib` (a micro-batch, by the sizes of inputs and what is kept of them),
+            and after a probe `velora/retained_energy` (share of the inputs' squares that z has) and
+            `velora/gradient_cosine` (over all compressed weights).
+        """
+        found = {}
+        if self._micro_batches:
+            found["velora/saved_mib"] = self._saved / self._micro_batches / 2**20
+        if self._energies:
+            kept, whole = torch.stack(self._energies).sum(0).tolist()
+            found["velora/retained_energy"] = kept / max(whole, 1e-30)
+        if self._products:
+            dot, own, exact = torch.stack(self._products).double().sum(0).tolist()
+            found["velora/gradient_cosine"] = dot / max((own * exact) ** 0.5, 1e-30)
+        if reset:
+            self._saved = self._micro_batches = 0
+            self._reset_probe()
+        return found
+
+    def _reset_probe(self) -> None:
+        self._energies: list[Tensor] = []
+        self._products: list[Tensor] = []
