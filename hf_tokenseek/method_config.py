@@ -13,9 +13,11 @@ class MethodConfig:
 
     Attributes:
         field_name (`str`): the field of [`TokenSeekArguments`] that holds it.
+        example (`str`): what it may look like on a command line.
     """
 
     field_name: ClassVar[str]
+    example: ClassVar[str]
 
     @classmethod
     def parse(cls, value: "MethodConfig | dict | str | bool | None") -> "MethodConfig | None":
@@ -52,10 +54,8 @@ class MethodConfig:
         try:
             return _WORDS[lowered] if lowered in _WORDS else json.loads(text)
         except json.JSONDecodeError as error:
-            first = next(iter(cls.__dataclass_fields__.values()))
             raise ValueError(
-                f"`{cls.field_name}` should be JSON such as '{{\"{first.name}\": {first.default}}}', true or false, "
-                f"got {text!r} ({error})."
+                f"`{cls.field_name}` should be JSON such as '{cls.example}', true or false, got {text!r} ({error})."
             ) from error
 
     def _check_kind(self, kind: type, word: str, *names: str) -> None:

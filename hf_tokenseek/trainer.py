@@ -50,34 +50,40 @@ class TokenSeekMixin:
     def create_optimizer(self, *args, **kwargs):
         """The optimizer that the arguments name; with compressed states the AdamW that knows them."""
         velora = self._callback(VeloraCallback)
-        if velora is not None and velora.config.compressed_state and self.optimizer_cls_and_kwargs is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            if kind is not torch.optim.AdamW:
-                raise ValueError(
-                    f"compressed_state=True needs AdamW, got optim={self.args.optim!r}. Set optim='adamw_torch'."
-                )
-            options = {**options, "moments": velora.config.moments}
-            self.optimizer_cls_and_kwargs = VeloraAdamW, options
+        if velora is not None and velora.config.compressed_state:
+            # `model_init` has made another model since
+            velora.attach(self.model)
+            if self.optimizer_cls_and_kwargs is None:
+                self.optimizer_cls_and_kwargs = self._velora_adamw(velora.config.moments)
         return super().create_optimizer(*args, **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args, **kwargs) -> None:
-        """Loads as ever, and tells VeLoRA where its directions are."""
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As in [`~transformers.Trainer`]; VeLoRA's directions come from where the run is resumed from."""
         velora = self._callback(VeloraCallback)
         if velora is not None:
-            velora.checkpoint = resume_from_checkpoint
+            # `True` is the last checkpoint in `output_dir`, which the callback finds
+            velora.checkpoint = None if isinstance(resume_from_checkpoint, bool) else resume_from_checkpoint
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Saves as ever, and says in the model card how the weights were trained."""
         super()._save(output_dir, state_dict)
         seek, velora = (self._callback(kind) for kind in (SeekCallback, VeloraCallback))
         methods = {
-            "seek": None if seek is None else asdict(seek.config),
+            "seek": None if seek is None else asdict(seek.handle.config),
             "velora": None if velora is None else asdict(velora.config),
             "lean": self._callback(LeanCallback) is not None,
         }
         if any(methods.values()):
             write_model_card(output_dir or self.args.output_dir, self.model, methods)
+
+    def _velora_adamw(self, moments: str) -> tuple[type, dict]:
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if kind is not torch.optim.AdamW:
+            raise ValueError(
+                f"compressed_state=True needs AdamW, got optim={self.args.optim.value!r}. Set optim='adamw_torch'."
+            )
+        return VeloraAdamW, {**options, "moments": moments}
 
     def _callback(self, kind: type):
         return next((c for c in self.callback_handler.callbacks if isinstance(c, kind)), None)

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from hf_tokenseek.parameters import numel_of
 from recipes.data import IGNORED
 
 GIB = 2**30
@@ -155,5 +156,4 @@ def check_disk(model: PreTrainedModel, arguments: TrainingArguments) -> None:
 
 
 def _nbytes(parameter: nn.Parameter) -> int:
-    # a parameter that ZeRO-3 has partitioned is empty and remembers its size
-    return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+    return numel_of(parameter) * parameter.element_size()

@@ -46,16 +46,20 @@ class VeloraCallback(LoggedMetrics):
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
         refuse_strategies(args, self.config)
-        self._attach(model)
+        self.attach(model)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
-        self._attach(model)
+        self.attach(model)
         self.handle.resume()
-        if self.config.compressed_state:
-            check_optimizer(optimizer)
-        if state.global_step:
-            folder = self.checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.handle.load_state_dict(read_state(Path(folder)))
+        try:
+            if self.config.compressed_state:
+                check_optimizer(optimizer, self.handle)
+            if state.global_step:
+                folder = self.checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                self.handle.load_state_dict(read_state(Path(folder)))
+        except ValueError:
+            self._detach()
+            raise
         if state.is_local_process_zero:
             print(self.handle.swapped(), flush=True)
 
@@ -70,8 +74,7 @@ class VeloraCallback(LoggedMetrics):
             scratch.replace(folder / STATE_FILE)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.handle.undo()
-        self.handle = None
+        self._detach()
 
     def metrics(self, reset: bool = True) -> dict[str, float]:
         """
@@ -82,13 +85,17 @@ class VeloraCallback(LoggedMetrics):
         """
         return {} if self.handle is None else self.handle.telemetry.read(reset)
 
-    def _attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module) -> None:
+        """Swaps the layers of `model`, unless they are."""
         # `model_init` makes another model than the one that `__init__` has seen
         if self.handle is not None and self.handle.attached_to is not model:
-            self.handle.undo()
-            self.handle = None
+            self._detach()
         if self.handle is None:
             self.handle = VeloraHandle(model, self.config)
+
+    def _detach(self) -> None:
+        self.handle.undo()
+        self.handle = None
 
 
 def read_state(folder: Path) -> dict:
@@ -110,9 +117,9 @@ def read_state(folder: Path) -> dict:
         raise ValueError(f"{file} cannot be read ({error}). Resume from an older checkpoint.") from error
 
 
-def check_optimizer(optimizer) -> None:
+def check_optimizer(optimizer, handle: VeloraHandle) -> None:
     """
-    Refuses an optimizer that would treat compressed gradients as if they were weights.
+    Refuses an optimizer that would treat compressed gradients as if they were weights, or does not know them.
 
     Raises:
         ValueError: says which one to use.
@@ -123,3 +130,10 @@ def check_optimizer(optimizer) -> None:
             f"compressed_state=True needs VeloraAdamW, got {type(inner).__name__}. Use TokenSeekTrainer, which builds "
             "it, or pass optimizer_cls_and_kwargs=(hf_tokenseek.velora.VeloraAdamW, {'lr': ...}) to the trainer."
         )
+    known = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+    for key, compressed in handle.inputs.items():
+        if any(id(module.velora_gradient) not in known for module in compressed.unit.compressible):
+            raise ValueError(
+                f"The optimizer does not have the compressed gradients of {key} and would not train its layers: it "
+                "was built before they were swapped. Let the trainer build it; to train once more, build a new trainer."
+            )

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..parameters import shape_of
 from . import adapters, mlps, norms
-from .trial import Trial, shape_of
+from .trial import Trial
 
 NO_FORM = "no lean form computes the same"
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from tokenseek_kernels import layer_norm, rms_norm, rms_norm_compress
 
-from .trial import Trial, compare, shape_of, small_copy
+from ..parameters import shape_of
+from .trial import Trial, compare, small_copy
 
 EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 

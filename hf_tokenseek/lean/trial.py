@@ -32,11 +32,6 @@ class Trial:
     after: int
 
 
-def shape_of(parameter: nn.Parameter) -> torch.Size:
-    """The whole parameter's shape; one that ZeRO-3 has partitioned is empty until it is used."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
 def small_copy(module: nn.Module, parameters: dict[str, Tensor], children: dict[str, nn.Module]) -> nn.Module:
     """A copy of `module` with other parameters and child modules in place of its own, which are not touched."""
     copied = copy.copy(module)

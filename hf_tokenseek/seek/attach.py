@@ -8,6 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from ..parameters import trained_share
 from ..patching import PatchedForward, find_causal_lm, leads_to
 from .adapters import check_adapters
 from .attention import register_attention
@@ -31,6 +32,7 @@ class SeekHandle:
         config ([`SeekConfig`]): what to select.
 
     Attributes:
+        config ([`SeekConfig`]): the same, with the defaults that depend on the model.
         selection (`torch.LongTensor` of shape `(batch, k)`): rows of the last training forward, -1 padded.
         metrics ([`SeekMetrics`]): what was measured since they were last read.
         autocast (`torch.dtype`, *optional*): to compute under where nobody outside of the forward sees to it.
@@ -40,7 +42,8 @@ class SeekHandle:
     """
 
     def __init__(self, model: nn.Module, config: SeekConfig):
-        self.model, self.config = find_causal_lm(model), config
+        self.model = find_causal_lm(model)
+        self.config = config.resolved(trained_share(self.model))
         check_adapters(model, self.model)
         self.decoder = Decoder(self.model)
         self.original_attention = self.model.config._attn_implementation

@@ -34,6 +34,7 @@ class Sizes:
     @classmethod
     def plan(cls, real: list[int], labelled: list[int], simple: bool, config: SeekConfig) -> "Sizes":
         """Applies the shares of `config` to the counted tokens."""
+        config = config.resolved()
         if config.ratio is not None:
             budget = [_share(config.ratio, r) for r in real]
             loss = [min(b, n) for b, n in zip(budget, labelled, strict=True)]

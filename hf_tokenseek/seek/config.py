@@ -1,6 +1,6 @@
 """What a user can choose about TokenSeek."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 
 from ..method_config import MethodConfig
@@ -9,6 +9,8 @@ SCORES = ("evidence", "context", "gradient", "loss", "entropy", "recent", "rando
 CONTEXT_BIASES = ("none", "count", "harmonic")
 GRADIENT_NORMS = ("l2", "l1", "signed")
 MIXES = ("rank", "zscore")
+# defaults of `context`, and the share of trained weights below which the second one holds
+CONTEXT, CONTEXT_OF_ADAPTERS, SMALL_ADAPTER = 0.1, 0.25, 0.1
 
 
 @dataclass
@@ -23,8 +25,10 @@ class SeekConfig(MethodConfig):
     are this library's.
 
     Args:
-        context (`float`, *optional*, defaults to 0.1):
-            Share of the real positions that are not loss rows to keep as evidence, in [0, 1].
+        context (`float`, *optional*):
+            Share of the real positions that are not loss rows to keep as evidence, in [0, 1]. Defaults to 0.1, and to
+            0.25 where less than a tenth of the weights is trained: the gradient of small adapters depends more on the
+            paths through other tokens (docs/evidence/fidelity-long-prompt-*-lora.md).
         labelled (`float`, *optional*, defaults to 1.0):
             Share of the labelled positions to keep as loss rows, in (0, 1]. Below 1 the loss of a sequence is the mean
             over its kept rows, weighted as if all were there.
@@ -62,9 +66,12 @@ class SeekConfig(MethodConfig):
         ValueError: a value lies outside its allowed set.
     """
 
-    field_name = "seek"
+    field_name, example = "seek", '{"context": 0.2}'
 
-    context: float = field(default=0.1, metadata={"help": "Share of unlabelled positions kept as evidence."})
+    context: float | None = field(
+        default=None,
+        metadata={"help": "Share of unlabelled positions kept as evidence; 0.1, with small adapters 0.25."},
+    )
     labelled: float = field(default=1.0, metadata={"help": "Share of labelled positions kept as loss rows."})
     ratio: float | None = field(default=None, metadata={"help": "The paper's single budget over all positions."})
     score: str = field(default="evidence", metadata={"help": f"What decides: one of {', '.join(SCORES)}."})
@@ -96,3 +103,14 @@ class SeekConfig(MethodConfig):
         for name in ("temperature", "probe_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` should be 0 (off) or positive, got {getattr(self, name)}.")
+
+    def resolved(self, trained_share: float = 1.0) -> "SeekConfig":
+        """
+        The same with a number for `context`.
+
+        Args:
+            trained_share (`float`, *optional*, defaults to 1.0): share of the model's weights that is trained.
+        """
+        if self.context is not None:
+            return self
+        return replace(self, context=CONTEXT if trained_share >= SMALL_ADAPTER else CONTEXT_OF_ADAPTERS)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..parameters import trained_share
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -23,11 +25,7 @@ class Cost:
     @classmethod
     def of(cls, model: nn.Module) -> "Cost":
         """Reads what is trained, and whether it is checkpointed, off the model."""
-        # a parameter that ZeRO-3 has partitioned is empty here and remembers its size
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-        total = sum(size for size, _ in sizes)
-        trained = sum(size for size, requires_grad in sizes if requires_grad)
-        return cls(2.0 + trained / max(1, total) + is_checkpointed(model))
+        return cls(2.0 + trained_share(model) + is_checkpointed(model))
 
     @property
     def break_even(self) -> float:

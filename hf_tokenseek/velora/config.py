@@ -51,7 +51,7 @@ class VeloraConfig(MethodConfig):
         ValueError: a value lies outside its allowed set, or two do not fit together.
     """
 
-    field_name = "velora"
+    field_name, example = "velora", '{"groups": 32}'
 
     groups: int = field(default=32, metadata={"help": "Sub-tokens an input is cut into."})
     inputs: tuple[str, ...] = field(default=INPUTS, metadata={"help": f"Inputs to compress: {', '.join(INPUTS)}."})

@@ -60,10 +60,7 @@ class Input:
     def add(self, path: str, module: nn.Module) -> None:
         """Takes in a layer that reads it."""
         self.readers[path] = module
-        if is_lora(module):
-            found = [module.lora_A[name] for name in module.active_adapters if name in module.lora_A]
-        else:
-            found = [module] if type(module) is nn.Linear else []
+        found = _lora_a(module) if is_lora(module) else [module] if type(module) is nn.Linear else []
         trained = [linear for linear in found if linear.weight.requires_grad]
         self.compressible += trained
         if trained:
@@ -121,6 +118,14 @@ def _layers_of(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         inside_of = f"{path}." if any(pattern.fullmatch(path) for pattern in known) else None
         yield path, module
+
+
+def _lora_a(layer: nn.Module) -> list[nn.Linear]:
+    """The A of each active adapter; none if a variant (PEFT's own VeLoRA, aLoRA) does not call them row by row."""
+    variants = {type(variant).__name__ for variant in layer.lora_variant.values()}
+    if variants - {"DoraLinearVariant"}:
+        return []
+    return [layer.lora_A[name] for name in layer.active_adapters if name in layer.lora_A]
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -32,6 +32,8 @@ class VeloraAdamW(torch.optim.AdamW):
                 raise ValueError(f"VeloraAdamW does not support {name}={kwargs[name]}. Leave it out.")
         super().__init__(params, *args, **kwargs)
         self.moments = moments
+        # a fused AdamW looks for overflows itself, which the compressed update does not: the scaler shall
+        self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -1,4 +1,4 @@
-"""The Python snippets of README and docs/lean.md train; those of trl and PEFT are in tests/sft and tests/peft."""
+"""The Python snippets of README, lean layers and VeLoRA train; those of trl and PEFT are in tests/sft and tests/peft."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ QUICK = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True,
 
 def snippets() -> list:
     found = []
-    for page in ("README.md", "docs/lean.md"):
+    for page in ("README.md", "docs/lean.md", "docs/velora.md"):
         codes = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
         assert codes
         found += [pytest.param(code, id=f"{page}-{index}") for index, code in enumerate(codes)]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_tokenseek import TokenSeekTrainer, attach
 from tests.peft.tiny_peft import RATIO_ONE, SELECTS, adapted, gradients, largest_error, lora, micro_batch
@@ -107,3 +107,14 @@ def test_loaded_adapter_is_trained_on(tiny_llama, tmp_path):
     assert losses(loaded) == pytest.approx(losses(whole)[3:], rel=1e-5)
     for p, q in zip(loaded.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_small_adapters_keep_more_context_by_default(tiny_llama):
+    model = tiny_llama()
+    with attach(model, seek=True) as handle:
+        assert handle.seek.config.context == 0.1
+    small = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=1, target_modules=["q_proj"]))
+    with attach(small, seek=True) as handle:
+        assert handle.seek.config.context == 0.25 and "context=0.25" in handle.report()
+    with attach(small, seek={"context": 0.1}) as handle:
+        assert handle.seek.config.context == 0.1

@@ -61,7 +61,7 @@ def test_unknown_fields_are_named_beside_the_known():
         ("context", -0.1, "[0, 1]"),
         ("context", 1.1, "[0, 1]"),
         ("context", float("nan"), "[0, 1]"),
-        ("context", None, "a number"),
+        ("context", "some", "a number"),
         ("context", "0.2", "a number"),
         ("labelled", 0.0, "(0, 1]"),
         ("labelled", None, "a number"),
@@ -95,3 +95,10 @@ def test_every_score_of_the_config_exists():
 
 def test_every_field_has_help():
     assert all(field.metadata.get("help") for field in fields(SeekConfig))
+
+
+def test_context_depends_on_how_much_is_trained():
+    assert SeekConfig().context is None
+    assert SeekConfig().resolved().context == SeekConfig().resolved(0.1).context == 0.1
+    assert SeekConfig().resolved(0.099).context == 0.25
+    assert SeekConfig(context=0.1).resolved(0.01).context == 0.1

@@ -1,5 +1,6 @@
 """Which layers read the same tensor: what the paths say against what the layers are given."""
 
+import peft
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
@@ -99,7 +100,13 @@ def test_lora_on_some_layers_compresses_those():
 
 
 @pytest.mark.parametrize(
-    "config", [LoHaConfig(target_modules=["q_proj"]), IA3Config(target_modules=["q_proj"], feedforward_modules=[])]
+    "config",
+    [
+        LoHaConfig(target_modules=["q_proj"]),
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        LoraConfig(target_modules=["q_proj"], velora_config=peft.VeloraConfig(num_groups=4)),
+    ],
+    ids=["LoHa", "IA3", "PEFT's VeLoRA"],
 )
 def test_other_adapters_are_refused(config):
     with pytest.raises(ValueError, match="finds no trained linear layer"):
