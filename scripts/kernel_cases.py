@@ -11,6 +11,7 @@ from torch import Tensor
 import tokenseek_kernels as kernels
 
 EVIDENCE_QUERIES = 64  # default of SeekConfig
+COMPRESSED_GROUPS = 32  # default of VeloraConfig
 
 
 class Shape(NamedTuple):
@@ -220,7 +221,18 @@ def gated_linear(sizes: Sizes) -> list[Contender]:
     return contenders
 
 
-CASES = (selected_attention, attention_mass, linear_cross_entropy, head_statistics, rms_norm, gated_linear)
+def compress(sizes: Sizes) -> list[Contender]:
+    """What VeLoRA adds to the forward pass for the input of a `down_proj`, over all rows."""
+    width = sizes.shape.intermediate
+    x, size = sizes.random(sizes.tokens, width), -(-width // COMPRESSED_GROUPS)
+    directions = sizes.random(1, width).float() * size**-0.5
+    return [
+        Contender(name, lambda impl=impl: kernels.compress(x, directions, size, impl=impl))
+        for name, impl in (("triton", "triton"), ("torch", "torch"), ("eager", "reference"))
+    ]
+
+
+CASES = (selected_attention, attention_mass, linear_cross_entropy, head_statistics, rms_norm, gated_linear, compress)
 
 
 def has_liger(sizes: Sizes) -> bool:

@@ -1,4 +1,4 @@
-"""The Python snippets of README, lean layers and VeLoRA train; those of trl and PEFT are in tests/sft and tests/peft."""
+"""The Python snippets of README, lean layers and VeLoRA train; those of trl and PEFT are in tests/sft, tests/peft."""
 
 import re
 from pathlib import Path

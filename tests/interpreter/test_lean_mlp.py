@@ -52,6 +52,7 @@ def test_equals_reference(dtype, width, activation, device):
     check(gated, activation, [gate, up, weight, bias], upstream)
     check(plain, activation, [gate, weight, None], upstream)
     check(product, activation, [gate, up], upstream[..., :1].expand(gate.shape))
+    check(product, activation, [gate, None], upstream[..., :1].expand(gate.shape))
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -138,7 +139,7 @@ def test_opcheck(device):
         for needs_product in (True, False):
             arguments = (torch.ones_like(gate), gate, other, "silu", needs_product)
             torch.library.opcheck(ops.gated_activation_backward_, arguments)
-    torch.library.opcheck(ops.gated_activation_backward, (torch.ones_like(gate), gate, up, "gelu"))
+        torch.library.opcheck(ops.gated_activation_backward, (torch.ones_like(gate), gate, other, "gelu"))
 
 
 def test_the_gradient_of_gate_is_written_over_the_upstream_one(device):
