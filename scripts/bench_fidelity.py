@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_tokenseek import attach
+from hf_tokenseek.seek.config import CONTEXT, CONTEXT_OF_ADAPTERS
 from recipes.data import PadCollator
 from recipes.models import load_smollm2
 
@@ -121,7 +122,8 @@ def table(results: Results) -> str:
 
 def bars(results: Results) -> list[Bar]:
     """The promises about the default selection on long prompts, as losses of cosine."""
-    figures = results.cells.get("evidence context=0.1")
+    default = CONTEXT_OF_ADAPTERS if results.key["lora"] else CONTEXT
+    figures = results.cells.get(f"evidence context={default}")
     if not figures:
         return []
     same = statistics.mean(f["same batch"]["all"] for f in figures)
