@@ -7,7 +7,7 @@ from torch import nn
 
 from ..velora import VeloraAdamW, VeloraConfig
 from ..velora.attach import VeloraHandle
-from ..velora.ranks import refuse_strategies
+from ..velora.refusals import refuse_arguments
 from .logging import LoggedMetrics
 
 STATE_FILE = "velora.pt"
@@ -45,12 +45,11 @@ class VeloraCallback(LoggedMetrics):
         self.checkpoint: str | Path | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
-        refuse_strategies(args, self.config)
+        refuse_arguments(args, self.config)
         self.attach(model)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         self.attach(model)
-        self.handle.resume()
         try:
             if self.config.compressed_state:
                 check_optimizer(optimizer, self.handle)
@@ -64,6 +63,8 @@ class VeloraCallback(LoggedMetrics):
             print(self.handle.swapped(), flush=True)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
+        # callbacks that come later have gone around trl's forward only now, and so around ours
+        self.handle.resume()
         self.handle.begin_step(state.global_step)
 
     def on_save(self, args, state, control, **kwargs) -> None:
@@ -135,5 +136,5 @@ def check_optimizer(optimizer, handle: VeloraHandle) -> None:
         if any(id(module.velora_gradient) not in known for module in compressed.unit.compressible):
             raise ValueError(
                 f"The optimizer does not have the compressed gradients of {key} and would not train its layers: it "
-                "was built before they were swapped. Let the trainer build it; to train once more, build a new trainer."
+                "was built before they were swapped. Let the trainer build it; to train again, build a new trainer."
             )

@@ -13,7 +13,7 @@ PLAIN_LORA = ("Linear", "Linear4bit", "Linear8bitLt")
 
 def is_lora(module: nn.Module) -> bool:
     """Whether `module` is one of PEFT's plain LoRA layers, seen without importing PEFT."""
-    kind = type(module)
+    kind = getattr(module, "_plain_class", type(module))  # a lean one is one, too
     return kind.__name__ in PLAIN_LORA and kind.__module__.startswith("peft.tuners.lora.")
 
 
@@ -22,7 +22,9 @@ def plain_adapters(module: nn.Module) -> list[str] | None:
     if not hasattr(module, "lora_A") or module.disable_adapters or module.merged:
         return None
     active = [name for name in module.active_adapters if name in module.lora_A]
-    return None if any(name in module.lora_variant for name in active) else active
+    # VeLoRA's A keeps less of the input than our function would
+    others = (name in module.lora_variant or hasattr(module.lora_A[name], "velora_input") for name in active)
+    return None if any(others) else active
 
 
 def with_adapters(

@@ -185,7 +185,11 @@ class VeloraHandle:
         if self._is_due():
             self._draw(args, kwargs)
         self.telemetry.begin_micro_batch(probing)
-        return original(*args, **kwargs)
+        self.telemetry.in_forward = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self.telemetry.in_forward = False
 
     def _is_due(self) -> bool:
         if self._drawn_step is None:

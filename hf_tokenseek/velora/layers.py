@@ -1,7 +1,7 @@
 """What the swapped layers do: linear layers that save z in place of their input, and dropout that saves a seed."""
 
 import weakref
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,24 @@ from .projectors import Projector
 from .telemetry import Telemetry
 
 
-class _Known(NamedTuple):
-    """An x and its z, neither of which is kept alive; `version` tells whether x and the directions are still those."""
+@dataclass
+class _Known:
+    """
+    An x, which is not kept alive, and its z, which is until `readers` layers have read it: then autograd keeps it, or
+    nobody needs it. `version` tells whether x and the directions are still those.
+    """
 
     storage: weakref.ref
     version: tuple
-    z: weakref.ref
+    z: Tensor | None
+    readers: int
+
+    def read(self) -> Tensor | None:
+        """z, once a reader."""
+        z, self.readers = self.z, self.readers - 1
+        if self.readers < 1:
+            self.z = None
+        return z
 
 
 class CompressedInput:
@@ -33,11 +45,13 @@ class CompressedInput:
     Attributes:
         source (`torch.Tensor`, *optional*):
             The tensor itself, while a LoRA layer runs whose adapters read casts of it.
+        shape (`torch.Size`, *optional*): that of what a LoRA layer reads, while it runs.
     """
 
     def __init__(self, unit: Input, projector: Projector, telemetry: Telemetry):
         self.unit, self.projector, self.telemetry = unit, projector, telemetry
         self.source: Tensor | None = None
+        self.shape: torch.Size | None = None
         self._known: _Known | None = None
 
     @property
@@ -61,9 +75,13 @@ class CompressedInput:
                     f"VeLoRA has no directions for {self.unit.key} yet: they are drawn in the forward of the model "
                     "that was attached. Call that model, not a part of it."
                 )
-            z = self.projector.compress(x)
-            self.offer(x, z)
+            self.offer(x, self.projector.compress(x))
+            z = self._known.read()
         return z
+
+    def is_read(self, x: Tensor) -> bool:
+        """Whether a layer was called with its input: DoRA calls A with a unit matrix as well."""
+        return self.shape is None or self.shape == x.shape
 
     def is_wanted(self, producer: nn.Module) -> bool:
         """Whether the module that makes x should compress it as well: in training, with directions drawn."""
@@ -71,8 +89,8 @@ class CompressedInput:
 
     def offer(self, x: Tensor, z: Tensor) -> Tensor:
         """Takes the z of `x` from whoever has computed it; returns `x`."""
-        # autograd keeps z for as long as somebody needs it, and nothing here does
-        self._known = _Known(weakref.ref(x.untyped_storage()), self._version(x), weakref.ref(z))
+        readers = len(self.unit.compressible) // self.copies
+        self._known = _Known(weakref.ref(x.untyped_storage()), self._version(x), z, readers)
         self.telemetry.observe_input(x, z)
         return x
 
@@ -93,7 +111,7 @@ class CompressedInput:
         known = self._known
         if known is None or known.storage() is not x.untyped_storage() or known.version != self._version(x):
             return None
-        return known.z()
+        return known.read()
 
     def _version(self, x: Tensor) -> tuple:
         return x._version, x.storage_offset(), x.shape, self.projector.version
@@ -110,7 +128,7 @@ class VeloraLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and self.velora_input.is_read(x):
             return self.velora_input.linear(self, x)
         return super().forward(x)
 
@@ -142,9 +160,10 @@ def share_source(compressed: CompressedInput, layer: nn.Module) -> list:
 
     def before(module: nn.Module, args: tuple) -> None:
         compressed.source = None if module.training and _drops(module) else args[0]
+        compressed.shape = args[0].shape
 
     def after(*_) -> None:
-        compressed.source = None
+        compressed.source = compressed.shape = None
 
     return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after, always_call=True)]
 

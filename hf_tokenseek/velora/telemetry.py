@@ -10,12 +10,12 @@ class Telemetry:
 
     Attributes:
         probing (`bool`): whether this micro-batch measures fidelity, for which the layers keep their inputs.
+        in_forward (`bool`): whether the model's forward runs; inputs that come later are those of a recomputation.
     """
 
     def __init__(self):
-        self.probing = False
-        self._saved = self._micro_batches = 0
-        self._reset_probe()
+        self.probing = self.in_forward = False
+        self._reset()
 
     def begin_micro_batch(self, probing: bool) -> None:
         """A training forward begins."""
@@ -24,7 +24,7 @@ class Telemetry:
 
     def observe_input(self, x: Tensor, z: Tensor) -> None:
         """An input was compressed."""
-        self._saved += x.numel() * x.element_size() - z.numel() * z.element_size()
+        self._saved[self.in_forward] += x.numel() * x.element_size() - z.numel() * z.element_size()
         if self.probing:
             self._energies.append(torch.stack([z.float().square().sum(), x.detach().float().square().sum()]))
 
@@ -45,7 +45,8 @@ class Telemetry:
         """
         found = {}
         if self._micro_batches:
-            found["velora/saved_mib"] = self._saved / self._micro_batches / 2**20
+            # checkpointing computes z again, or (reentrant) only then
+            found["velora/saved_mib"] = max(self._saved) / self._micro_batches / 2**20
         if self._energies:
             kept, whole = torch.stack(self._energies).sum(0).tolist()
             found["velora/retained_energy"] = kept / max(whole, 1e-30)
@@ -53,10 +54,10 @@ class Telemetry:
             dot, own, exact = torch.stack(self._products).double().sum(0).tolist()
             found["velora/gradient_cosine"] = dot / max((own * exact) ** 0.5, 1e-30)
         if reset:
-            self._saved = self._micro_batches = 0
-            self._reset_probe()
+            self._reset()
         return found
 
-    def _reset_probe(self) -> None:
+    def _reset(self) -> None:
+        self._saved, self._micro_batches = [0, 0], 0
         self._energies: list[Tensor] = []
         self._products: list[Tensor] = []

@@ -1,9 +1,10 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from recipes.sft import main
-from tests.distributed.launching import STEPS
+from tests.distributed.launching import STEPS, VELORA
 from tests.tiny_folder import save_tiny_model
 
 
@@ -37,3 +38,16 @@ def one_process(options):
     """Folder of the run that every strategy has to equal: one process, the same global batch."""
     main(options("one_process", 4, "--save_strategy", "no"))
     return options.folder / "one_process"
+
+
+@pytest.fixture(scope="session")
+def one_velora_process(options):
+    """Folder of a run with VeLoRA that two ranks have to equal: its micro-batches are those of both."""
+
+    def run(config: str) -> Path:
+        if (folder := options.folder / f"one_{config}").exists():
+            return folder
+        main(options(folder.name, 2, "--per_device_train_batch_size", "4", "--save_strategy", "no", *VELORA[config]))
+        return folder
+
+    return run

@@ -14,6 +14,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
 STEPS = 3
+# options of the recipe: new directions in the last step, which is the one after the checkpoint
+VELORA = {
+    "mixed": ("--seek", "false", "--velora", '{"groups": 8, "projector": "mixed", "refresh_steps": 2}'),
+    "compressed": ("--seek", "false", "--velora", '{"groups": 8, "compressed_state": true, "refresh_steps": 2}'),
+}
 
 
 def needs_compiler(strategy: str) -> pytest.MarkDecorator:

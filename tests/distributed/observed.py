@@ -6,6 +6,7 @@ Runs a script in each rank as `accelerate launch` would, and writes down what tr
 Wrong settings run something else and exit with 0, so tests compare `$OBSERVED/<rank>.json` with what they asked for.
 """
 
+import hashlib
 import json
 import os
 import runpy
@@ -22,6 +23,7 @@ plain_init = AcceleratorState.__init__
 
 def observed_train(self, *args, **kwargs):
     """Trains, and writes what was trained by what."""
+    attached = [callback.handle for callback in self.callback_handler.callbacks if hasattr(callback, "handle")]
     answer = plain_train(self, *args, **kwargs)
     seen = {
         "world_size": self.args.world_size,
@@ -32,10 +34,20 @@ def observed_train(self, *args, **kwargs):
         "shards": sum(type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in self.model.parameters()),
         "parameters": sum(1 for _ in self.model.parameters()),
         "losses": [entry["loss"] for entry in self.state.log_history if "loss" in entry],
-        "plain_shares": [entry["seek/plain_share"] for entry in self.state.log_history if "loss" in entry],
+        "plain_shares": [entry.get("seek/plain_share") for entry in self.state.log_history if "loss" in entry],
+        "directions": _directions(attached),
     }
     Path(os.environ["OBSERVED"], f"{self.args.process_index}.json").write_text(json.dumps(seen))
     return answer
+
+
+def _directions(attached: list) -> str | None:
+    """A digest of VeLoRA's last directions, to the bit."""
+    for handle in attached:
+        if hasattr(handle, "inputs"):
+            drawn = [compressed.projector.directions.cpu().numpy().tobytes() for compressed in handle.inputs.values()]
+            return hashlib.sha256(b"".join(drawn)).hexdigest()
+    return None
 
 
 def _offload(engine) -> list[str]:

@@ -8,8 +8,9 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
-from hf_tokenseek import SeekConfig
+from hf_tokenseek import SeekConfig, VeloraConfig
 from hf_tokenseek.seek import ranks
+from hf_tokenseek.velora import refusals
 from recipes.checks import check_strategy
 
 
@@ -23,15 +24,25 @@ def fsdp(version: int) -> dict:
     return {"distributed_type": DistributedType.FSDP, "fsdp_plugin": SimpleNamespace(fsdp_version=version)}
 
 
-def refuse(monkeypatch, config=None, arguments=None, **state) -> None:
+def pretend(monkeypatch, module, arguments=None, **state) -> SimpleNamespace:
+    """Arguments for `module`'s refusals, which see this state."""
     plain = {"distributed_type": DistributedType.MULTI_GPU, "deepspeed_plugin": None, "parallelism_config": None}
-    monkeypatch.setattr(ranks, "AcceleratorState", lambda: SimpleNamespace(**{**plain, **state}))
-    ranks.refuse_strategies(SimpleNamespace(**{"n_gpu": 1, **(arguments or {})}), SeekConfig(**(config or {})))
+    monkeypatch.setattr(module, "AcceleratorState", lambda: SimpleNamespace(**{**plain, **state}))
+    return SimpleNamespace(**{"n_gpu": 1, "torch_compile": False, **(arguments or {})})
+
+
+def refuse(monkeypatch, config=None, arguments=None, **state) -> None:
+    ranks.refuse_strategies(pretend(monkeypatch, ranks, arguments, **state), SeekConfig(**(config or {})))
+
+
+def refuse_velora(monkeypatch, config=None, arguments=None, **state) -> None:
+    refusals.refuse_arguments(pretend(monkeypatch, refusals, arguments, **state), VeloraConfig(**(config or {})))
 
 
 @pytest.mark.parametrize("state", [{}, fsdp(2), deepspeed(1), deepspeed(2), deepspeed(3)])
 def test_what_is_verified_passes(monkeypatch, state):
     refuse(monkeypatch, **state)
+    refuse_velora(monkeypatch, **state)
 
 
 PROBE, PAPER = {"probe_steps": 5}, {"score": "paper"}
@@ -51,6 +62,27 @@ SPLIT = {"sequence_parallel_size": 2}
 def test_what_is_not_is_refused_by_name(monkeypatch, config, arguments, state, said):
     with pytest.raises(ValueError, match=said):
         refuse(monkeypatch, config, arguments, **state)
+
+
+COMPRESSED = {"compressed_state": True}
+
+
+@pytest.mark.parametrize(("config", "arguments", "state", "said"), [
+    ({}, {"n_gpu": 4}, {}, r"DataParallel \(n_gpu=4\).*accelerate launch"),
+    ({}, {}, fsdp(1), "version 1 of FSDP.*fsdp_version: 2"),
+    ({}, {"parallelism_config": ParallelismConfig(tp_size=2)}, {}, "parallelism_config.tp_size=2.*Leave it out"),
+    ({}, {}, deepspeed(3, **SPLIT), "DeepSpeed's sequence_parallel_size=2"),
+    (COMPRESSED, {}, fsdp(2), "compressed_state=True does not support FSDP.*Use DDP, or compressed_state=False"),
+    (COMPRESSED, {}, deepspeed(2), "compressed_state=True does not support DEEPSPEED.*Use DDP"),
+    (COMPRESSED, {}, deepspeed(3), "compressed_state=True does not support DEEPSPEED.*Use DDP"),
+])  # fmt: skip
+def test_what_velora_does_not_know_is_refused_by_name(monkeypatch, config, arguments, state, said):
+    with pytest.raises(ValueError, match=said):
+        refuse_velora(monkeypatch, config, arguments, **state)
+
+
+def test_velora_compresses_the_state_under_ddp(monkeypatch):
+    refuse_velora(monkeypatch, COMPRESSED)
 
 
 @pytest.mark.parametrize(("config", "state"), [(PROBE, {}), (PAPER, deepspeed(2)), (PROBE, deepspeed(1))])

@@ -35,6 +35,18 @@ def assert_is(seen: dict, asked: dict) -> None:
     assert seen["shards"] == (seen["parameters"] if asked["sharded"] else 0)
 
 
+def assert_same_run(folder: Path, truth: Path) -> list[float]:
+    """The same losses and weights; returns the losses."""
+    expected = losses(truth)
+    assert len(expected) == STEPS + 2
+    assert losses(folder) == pytest.approx(expected, rel=1e-5)
+    weights, found = load_file(truth / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert found.keys() == weights.keys()
+    for name in weights:
+        torch.testing.assert_close(found[name], weights[name], rtol=1e-4, atol=2e-5)
+    return expected
+
+
 @pytest.mark.parametrize("strategy", [pytest.param(name, marks=needs_compiler(name)) for name in STRATEGIES])
 def test_two_ranks_equal_one_process_and_resume(strategy, options, one_process):
     folder = options.folder
@@ -42,14 +54,7 @@ def test_two_ranks_equal_one_process_and_resume(strategy, options, one_process):
     whole = options(strategy, 2, "--save_strategy", "steps", "--lean", "true")
     for seen in launch(strategy, RECIPE, whole, folder / f"{strategy}_seen"):
         assert_is(seen, STRATEGIES[strategy])
-    expected = losses(one_process)
-    assert len(expected) == STEPS + 2
-    assert losses(folder / strategy) == pytest.approx(expected, rel=1e-5)
-    truth = load_file(one_process / "model.safetensors")
-    found = load_file(folder / strategy / "model.safetensors")
-    assert found.keys() == truth.keys()
-    for name in truth:
-        torch.testing.assert_close(found[name], truth[name], rtol=1e-4, atol=2e-5)
+    expected = assert_same_run(folder / strategy, one_process)
 
     checkpoint = folder / strategy / "checkpoint-2"
     resumed = options(f"{strategy}_resumed", 2, "--save_strategy", "no", "--resume_from_checkpoint", str(checkpoint))

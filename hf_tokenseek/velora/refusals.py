@@ -1,4 +1,4 @@
-"""Which ways of sharing work among processes VeLoRA does not know."""
+"""Which training arguments, and ways of sharing work among processes, VeLoRA does not know."""
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -8,9 +8,9 @@ from ..seek.ranks import sharding, split
 from .config import VeloraConfig
 
 
-def refuse_strategies(args: TrainingArguments, config: VeloraConfig) -> None:
+def refuse_arguments(args: TrainingArguments, config: VeloraConfig) -> None:
     """
-    Refuses the ways of sharing work among processes that VeLoRA has not been verified with.
+    Refuses the arguments and the ways of sharing work among processes that VeLoRA has not been verified with.
 
     Verified by tests/distributed: DDP, FSDP2, DeepSpeed ZeRO-1, 2 and 3; with compressed optimizer state DDP.
 
@@ -22,6 +22,11 @@ def refuse_strategies(args: TrainingArguments, config: VeloraConfig) -> None:
         ValueError: names the argument, says why, and the next step.
     """
     state = AcceleratorState()
+    if args.torch_compile:
+        raise ValueError(
+            "VeLoRA does not support torch_compile=True: layers share what they keep through Python, which a graph "
+            "does not see. Set torch_compile=False."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"VeLoRA does not support torch.nn.DataParallel (n_gpu={args.n_gpu}): replicas would share one cache. "
