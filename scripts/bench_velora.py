@@ -160,7 +160,7 @@ def step_seconds(rows: Sequence[Row], load: Callable, ids: Tensor, repeats: int)
             model = models[row.lora, row.peft]
             with prepared(model, row, row.methods):
                 if row.methods.get("velora"):
-                    model(input_ids=ids[:, :8])  # draws directions, which a run does once
+                    model(input_ids=ids[:, :8], labels=ids[:, :8])  # draws directions, which a run does once
                 model.zero_grad(set_to_none=True)
                 began = time.perf_counter()
                 model(input_ids=ids, labels=ids).loss.backward()
