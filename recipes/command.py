@@ -114,3 +114,5 @@ def start(prepare: Callable[[Sequence[str]], TokenSeekTrainer]) -> None:
         # a user's mistake needs its message, not our stack
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     run(trainer)
+    # a rank that exits with its process group open may be aborted by the group's threads
+    trainer.accelerator.end_training()

@@ -43,4 +43,6 @@ def build(folder, accumulation: int, seek: dict, lean: bool) -> TokenSeekTrainer
 
 
 if __name__ == "__main__":
-    build(sys.argv[1], 1, {"context": 0.2}, lean=True).train()
+    trainer = build(sys.argv[1], 1, {"context": 0.2}, lean=True)
+    trainer.train()
+    trainer.accelerator.end_training()
