@@ -1,4 +1,4 @@
-"""What the benchmarks share: environment, results that survive an interruption, tables with spread, bars.
+"""What the benchmarks share: device, environment, results that survive an interruption, tables with spread, bars.
 
 Importing it puts the repository's root on the path, so that a script finds `recipes`.
 """
@@ -11,14 +11,18 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-EVIDENCE = ROOT / "docs" / "evidence"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# figures of a GPU and of a CPU do not mix
+EVIDENCE = ROOT / "docs" / "evidence" / ("gpu" if DEVICE == "cuda" else "")
 MIB, GIB = 2**20, 2**30
 # What a figure depends on; results and documents may change while a benchmark runs.
 CODE = ("hf_tokenseek", "kernels", "recipes", "scripts")
@@ -40,6 +44,12 @@ class Spread(NamedTuple):
 
     def __format__(self, spec: str) -> str:
         return f"{self.median:{spec}} ({self.low:{spec}}..{self.high:{spec}})"
+
+
+def quotient(mine: Sequence[float], other: Sequence[float]) -> Spread:
+    """Quotient of the medians of measurements taken in turns, and the range of the quotients within a round."""
+    within = [a / b for a, b in zip(mine, other, strict=True)]
+    return Spread(Spread.of(mine).median / Spread.of(other).median, min(within), max(within))
 
 
 class Bar(NamedTuple):
@@ -105,6 +115,29 @@ def cell(results: Results, name: str, make: Callable[[], Any]) -> Any:
     return results.cells[name]
 
 
+def now() -> float:
+    """Seconds of a clock that is read when the GPU has done what it was told."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def load_smollm2():
+    """The model, where figures are taken, and its tokenizer."""
+    from recipes.models import load_smollm2
+
+    model, tokenizer = load_smollm2()
+    return model.to(DEVICE), tokenizer
+
+
+def collator(pad_token_id: int) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+    """The recipe's collator; its batches lie where figures are taken."""
+    from recipes.data import PadCollator
+
+    collate = PadCollator(pad_token_id)
+    return lambda records: {name: tensor.to(DEVICE) for name, tensor in collate(records).items()}
+
+
 def environment() -> dict[str, str | int]:
     """What the figures depend on; `commit` says so where the code is not what was committed."""
     import transformers
@@ -120,6 +153,7 @@ def environment() -> dict[str, str | int]:
         "transformers": transformers.__version__,
         "hf_tokenseek": hf_tokenseek.__version__,
         "commit": _commit(),
+        **(_gpu() if DEVICE == "cuda" else {}),
     }
 
 
@@ -164,6 +198,16 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _gpu() -> dict[str, str]:
+    found = {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda or torch.version.hip)}
+    for package in ("triton", "liger-kernel"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def _commit() -> str:

@@ -15,15 +15,23 @@ import statistics
 from collections.abc import Iterator
 
 import torch
-from bench_common import EVIDENCE, Bar, Results, environment, in_one_line, judge, markdown_table
+from bench_common import (
+    EVIDENCE,
+    Bar,
+    Results,
+    collator,
+    environment,
+    in_one_line,
+    judge,
+    load_smollm2,
+    markdown_table,
+)
 from bench_tasks import long_prompts, source_text
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_tokenseek import attach
 from hf_tokenseek.seek.config import CONTEXT, CONTEXT_OF_ADAPTERS
-from recipes.data import PadCollator
-from recipes.models import load_smollm2
 
 GROUPS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "mlp": "mlp", "norm": "norm", "embed": "embed"}
 LONG_PROMPT = [("evidence", "context", share) for share in (0.0, 0.05, 0.1, 0.25, 1.0)] + [
@@ -57,7 +65,7 @@ def cosines(model: nn.Module, found: list[Tensor], truth: list[Tensor]) -> dict[
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     sums = {group: torch.zeros(3, dtype=torch.float64) for group in ("all", *GROUPS)}
     for name, a, b in zip(names, found, truth, strict=True):
-        products = torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]).double()
+        products = torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]).double().cpu()
         for group, key in {"all": "", **GROUPS}.items():
             sums[group] += products * (key in name)
     # a group without trained parameters has no cosine
@@ -167,7 +175,7 @@ def fill(model: nn.Module, tokenizer, data: str, args: argparse.Namespace) -> No
     results = Results(EVIDENCE / f"fidelity-{suffix}.json", {"data": data, **settings})
     names = {f"{score} {name}={share}": (score, {name: share}) for score, name, share in configurations}
     if any(name not in results for name in names):
-        collate = PadCollator(tokenizer.pad_token_id)
+        collate = collator(tokenizer.pad_token_id)
         sequences, needed = load(tokenizer, "train", args.tokens), args.batch * args.batches + args.disjoint
         if len(sequences) < needed:
             raise SystemExit(

@@ -11,7 +11,6 @@ cell that is not finished. Run nothing beside it. Without a GPU it says so and d
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -93,17 +92,6 @@ def _total(found: dict) -> float | None:
     return None if "failed" in found else found["forward"][0] + (found["backward"] or [0.0])[0]
 
 
-def gpu() -> dict[str, str]:
-    """What the figures depend on beside [`environment`]."""
-    found = {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda or torch.version.hip)}
-    for package in ("triton", "liger-kernel"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = [case.__name__ for case in CASES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,7 +117,7 @@ def main(
     if device is None:
         print("no GPU found: nothing was run")
         return 0
-    key = {**environment(), **(gpu() if device == "cuda" else {}), "ratio": options.ratio}
+    key = {**environment(), "ratio": options.ratio}
     results = Results(options.output, key, options.fresh)
     cells = {
         f"{case.__name__}, {shape.name}, {tokens} tokens": (case, shape, tokens)

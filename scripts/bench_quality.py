@@ -11,21 +11,30 @@ in a phase of their own; the runs themselves are not timed and may share the mac
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from bench_common import EVIDENCE, Results, Spread, cell, environment, in_one_line, markdown_table, mean_and_deviation
+from bench_common import (
+    EVIDENCE,
+    Results,
+    Spread,
+    cell,
+    collator,
+    environment,
+    in_one_line,
+    load_smollm2,
+    markdown_table,
+    mean_and_deviation,
+    now,
+)
 from bench_tasks import TASKS
 from torch import nn
 from tqdm.auto import tqdm
 
 from hf_tokenseek import attach
-from recipes.data import PadCollator
-from recipes.models import load_smollm2
 
 FULL_RATES, LORA_RATES = (1e-4, 2e-4, 4e-4), (1e-3, 2e-3, 4e-3)
 
@@ -113,6 +122,14 @@ def train_step(model: nn.Module, batch: dict, optimizer: torch.optim.Optimizer) 
     return float(loss.detach())
 
 
+def warmup_then_decay(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up over a tenth of the steps, then linear decay to zero."""
+    warmup = max(1, steps // 10)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warmup, (steps - s) / max(1, steps - warmup))
+    )
+
+
 def run(method: Method, rate: float, seed: int, steps: int, train: Callable, evaluate: Callable) -> float:
     """
     Trains once.
@@ -122,10 +139,7 @@ def run(method: Method, rate: float, seed: int, steps: int, train: Callable, eva
     """
     model = build(method, seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
-    warmup = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, (steps - s) / max(1, steps - warmup))
-    )
+    schedule = warmup_then_decay(optimizer, steps)
     with nullcontext() if method.seek is None else attach(model, seek=method.seek) as handle:
         for step, batch in enumerate(tqdm(train(steps, method.share, seed), leave=False, mininterval=5), 1):
             if handle is not None:
@@ -144,10 +158,10 @@ def time_steps(methods: set[str], batch_for: Callable, repeats: int) -> dict[str
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
         with nullcontext() if method.seek is None else attach(model, seek=method.seek):
             for index, batch in enumerate(batch_for(repeats + 1, method.share, 0)):
-                began = time.perf_counter()
+                began = now()
                 train_step(model, batch, optimizer)
                 if index:  # the first step warms up
-                    seconds[name].append(time.perf_counter() - began)
+                    seconds[name].append(now() - began)
     return seconds
 
 
@@ -217,7 +231,7 @@ def fill(results: Results, args: argparse.Namespace) -> None:
     """Runs what is missing: timing, learning rates, then seed by seed."""
     _, tokenizer = load_smollm2()
     splits = {split: TASKS[args.task](tokenizer, split, args.max_length) for split in ("train", "validation", "test")}
-    collate = PadCollator(tokenizer.pad_token_id)
+    collate = collator(tokenizer.pad_token_id)
 
     def train(steps: int, share: float, seed: int) -> list[dict]:
         return shuffled_batches(splits["train"], max(1, round(args.batch * share)), steps, seed, collate)

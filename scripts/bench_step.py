@@ -11,12 +11,13 @@ activations are counted). Interrupted, it goes on with the first cell that is no
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from bench_common import (
+    DEVICE,
     EVIDENCE,
+    MIB,
     ROOT,
     Bar,
     Results,
@@ -26,7 +27,10 @@ from bench_common import (
     exit_status,
     in_one_line,
     judge,
+    load_smollm2,
     markdown_table,
+    now,
+    quotient,
 )
 from bench_rows import BASELINES, CHECKPOINTING, LEAN, PLAIN, SEEK_10, Row, forward_loss, label, prepared, seek_rows
 from torch import Tensor, nn
@@ -38,8 +42,8 @@ from hf_tokenseek.memory import SavedActivations
 NOTES = """Seconds: median (lowest..highest) of the repeats. Ratio: quotient of the medians (range of the quotients
 within a round). Saved: at the end of forward. bf16 is autocast over fp32 weights. Labels are everywhere unless a
 row says otherwise; the cost of plain training and of checkpointing does not depend on them, so those rows stand
-for 5 % too."""
-HEADER = ("row", "step [s]", "x plain", "x checkpointing", "saved [MiB]", "saved x plain")
+for 5 % too. Peak: on a GPU, of forward and backward above the parameters."""
+HEADER = ("row", "step [s]", "x plain", "x checkpointing", "saved [MiB]", "saved x plain", "peak [MiB]")
 BARS_AT = "fp32, 1 x 1024"
 
 
@@ -76,16 +80,28 @@ def step_seconds(model: nn.Module, row: Row, ids: Tensor, dtype: str) -> float:
     """Wall time of one forward and backward."""
     model.zero_grad(set_to_none=True)
     with prepared(model, row):
-        start = time.perf_counter()
+        start = now()
         forward(model, row, ids, dtype).backward()
-        return time.perf_counter() - start
+        return now() - start
+
+
+def peak_mib(model: nn.Module, row: Row, ids: Tensor, dtype: str) -> float | None:
+    """What a GPU has allocated at the most, gradients included, above what it holds before a step; `None` on a CPU."""
+    if DEVICE == "cpu":
+        return None
+    model.zero_grad(set_to_none=True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step_seconds(model, row, ids, dtype)
+    return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
 def measure(model: nn.Module, rows: Sequence[Row], ids: Tensor, dtype: str, repeats: int, advance: Callable) -> dict:
-    """`{row name: {"saved_mib": float, "seconds": [one a round]}}`; `advance` is called after every step."""
+    """`{row name: {"saved_mib": float, "peak_mib": ..., "seconds": [one a round]}}`; `advance`: after every step."""
     figures = {}
     for row in rows:
-        figures[row.name] = {"saved_mib": count_saved_mib(model, row, ids, dtype), "seconds": []}
+        saved_mib = count_saved_mib(model, row, ids, dtype)
+        figures[row.name] = {"saved_mib": saved_mib, "peak_mib": peak_mib(model, row, ids, dtype), "seconds": []}
         advance()
     for _ in range(repeats):
         for row in rows:
@@ -95,10 +111,8 @@ def measure(model: nn.Module, rows: Sequence[Row], ids: Tensor, dtype: str, repe
 
 
 def ratio_of(figures: dict, row: str, base: str) -> Spread:
-    """Quotient of the median times, and the range of the quotients of one round."""
-    mine, other = figures[row]["seconds"], figures[base]["seconds"]
-    within = [a / b for a, b in zip(mine, other, strict=True)]
-    return Spread(Spread.of(mine).median / Spread.of(other).median, min(within), max(within))
+    """How the times of two rows of a cell compare."""
+    return quotient(figures[row]["seconds"], figures[base]["seconds"])
 
 
 def table(figures: dict) -> str:
@@ -109,11 +123,12 @@ def table(figures: dict) -> str:
         (
             (
                 name,
-                f"{Spread.of(found['seconds']):.2f}",
+                f"{Spread.of(found['seconds']):.3g}",
                 f"{ratio_of(figures, name, PLAIN.name):.2f}",
                 f"{ratio_of(figures, name, CHECKPOINTING.name):.2f}",
                 f"{found['saved_mib']:.1f}",
                 f"{found['saved_mib'] / plain_mib:.3f}",
+                "-" if (peak := found.get("peak_mib")) is None else f"{peak:.1f}",
             )
             for name, found in figures.items()
         ),
@@ -151,7 +166,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(argv: Sequence[str] | None = None, load: Callable | None = None) -> int:
+def main(argv: Sequence[str] | None = None, load: Callable = load_smollm2) -> int:
     """Measures what is missing, prints and writes the tables; `load` gives the model and its tokenizer."""
     options = parse(argv)
     rows = (*BASELINES, *seek_rows(options.score))
@@ -160,15 +175,13 @@ def main(argv: Sequence[str] | None = None, load: Callable | None = None) -> int
     names = {f"{dtype}, {options.batch} x {n}": (dtype, n) for dtype in options.dtypes for n in options.tokens}
     missing = [name for name in names if name not in results]
     if missing:
-        if load is None:
-            from recipes.models import load_smollm2 as load
         model, tokenizer = load()
         model.train().config.use_cache = False
     with tqdm(total=len(missing) * len(rows) * (1 + options.repeats), unit="step") as progress:
         for name in missing:
             progress.set_description(name)
             dtype, n = names[name]
-            ids = real_text(tokenizer, options.batch, n)
+            ids = real_text(tokenizer, options.batch, n).to(DEVICE)
             results[name] = measure(model, rows, ids, dtype, options.repeats, progress.update)
     found = bars(results.cells) if options.bars else []
     sections = [f"# One training step of SmolLM2-135M\n\n{in_one_line(key)}\n\n{NOTES}"]

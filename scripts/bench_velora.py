@@ -11,15 +11,14 @@ finished.
 """
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from bench_common import (
+    DEVICE,
     EVIDENCE,
     MIB,
     Bar,
@@ -27,14 +26,18 @@ from bench_common import (
     Spread,
     add_common_options,
     cell,
+    collator,
     environment,
     exit_status,
     in_one_line,
     judge,
+    load_smollm2,
     markdown_table,
     mean_and_deviation,
+    now,
+    quotient,
 )
-from bench_quality import batches_of, held_out_loss, shuffled_batches, train_step
+from bench_quality import batches_of, held_out_loss, shuffled_batches, train_step, warmup_then_decay
 from bench_step import real_text
 from bench_tasks import docstrings
 from torch import Tensor, nn
@@ -43,7 +46,6 @@ from tqdm.auto import tqdm
 from hf_tokenseek import attach
 from hf_tokenseek.memory import SavedActivations
 from hf_tokenseek.velora import VeloraAdamW
-from recipes.data import PadCollator
 
 GROUPS, TENTH = 32, {"ratio": 0.1}
 RATES = {False: 2e-4, True: 4e-3}  # chosen on the validation split, docs/evidence/quality-docstrings.md
@@ -162,10 +164,10 @@ def step_seconds(rows: Sequence[Row], load: Callable, ids: Tensor, repeats: int)
                 if row.methods.get("velora"):
                     model(input_ids=ids[:, :8], labels=ids[:, :8])  # draws directions, which a run does once
                 model.zero_grad(set_to_none=True)
-                began = time.perf_counter()
+                began = now()
                 model(input_ids=ids, labels=ids).loss.backward()
                 if round_:
-                    seconds[row.name].append(time.perf_counter() - began)
+                    seconds[row.name].append(now() - began)
     return seconds
 
 
@@ -176,22 +178,13 @@ def train(row: Row, load: Callable, seed: int, steps: int, data: tuple) -> float
     methods = row.methods if row.trained_with is None else row.trained_with
     with prepared(model, row, methods) as handle:
         optimizer = optimizer_for(model, row, RATES[row.lora])
-        warmup = max(1, steps // 10)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda s: min((s + 1) / warmup, (steps - s) / max(1, steps - warmup))
-        )
+        schedule = warmup_then_decay(optimizer, steps)
         for step, batch in enumerate(tqdm(batches(steps, seed), leave=False, mininterval=5)):
             for method in () if handle is None else filter(None, (handle.seek, handle.velora)):
                 method.begin_step(step)
             train_step(model, batch, optimizer)
             schedule.step()
     return held_out_loss(model, held_out)
-
-
-def ratio(seconds: dict[str, list[float]], row: str, base: str) -> Spread:
-    """Quotient of the medians, and the range of the quotients within a round."""
-    within = [a / b for a, b in zip(seconds[row], seconds[base], strict=True)]
-    return Spread(statistics.median(seconds[row]) / statistics.median(seconds[base]), min(within), max(within))
 
 
 def table(results: Results) -> str:
@@ -209,7 +202,7 @@ def table(results: Results) -> str:
                 f"{figures['gradient_mib']:.1f}",
                 f"{figures['state_mib']:.1f}",
                 f"{Spread.of(seconds[row.name]):.2f}",
-                f"{ratio(seconds, row.name, base):.3f}",
+                f"{quotient(seconds[row.name], seconds[base]):.3f}",
                 f"{mean_and_deviation(losses)} ({len(losses)})" if losses else "",
             )
         )
@@ -217,14 +210,15 @@ def table(results: Results) -> str:
     return markdown_table(head, lines)
 
 
-def bars(results: Results, widths: tuple[int, int]) -> list[Bar]:
-    """The project's bars; `widths`: bytes of a token's compressed inputs before and after, by formula."""
+def bars(results: Results, before: float) -> list[Bar]:
+    """The project's bars; `before`: MiB of the inputs that are compressed, by formula."""
+    seconds = results.cells["seconds"]
     found = {row.name: results.cells[f"bytes | {row.name}"] for row in ROWS}
-    plain, ours, (before, _) = found[PLAIN], found[OURS], widths
+    plain, ours = found[PLAIN], found[OURS]
     left = before - (plain["saved_mib"] - ours["saved_mib"])
     return [
-        Bar("full: step / plain", ratio(results.cells["seconds"], OURS, PLAIN).median, 1.03),
-        Bar("LoRA: step / plain", ratio(results.cells["seconds"], "LoRA: VeLoRA", "LoRA: plain").median, 1.03),
+        Bar("full: step / plain", quotient(seconds[OURS], seconds[PLAIN]).median, 1.03),
+        Bar("LoRA: step / plain", quotient(seconds["LoRA: VeLoRA"], seconds["LoRA: plain"]).median, 1.03),
         Bar("full: what is left of the compressed inputs, counted", left / before, 1 / 20),
         Bar("full, seek 0.1: saved / plain", found[OURS_SEEK]["saved_mib"] / plain["saved_mib"], 0.10),
         Bar(
@@ -239,7 +233,7 @@ def _mib(tensors: Sequence[Tensor]) -> float:
     return sum(t.numel() * t.element_size() for t in tensors) / MIB
 
 
-def main(argv: Sequence[str] | None = None, load: Callable | None = None) -> int:
+def main(argv: Sequence[str] | None = None, load: Callable = load_smollm2) -> int:
     """Measures what is missing, prints and writes the table; `load` gives the model and its tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024)
@@ -251,22 +245,19 @@ def main(argv: Sequence[str] | None = None, load: Callable | None = None) -> int
     parser.add_argument("--eval-examples", type=int, default=24)
     add_common_options(parser)
     args = parser.parse_args(argv)
-    if load is None:
-        from recipes.models import load_smollm2 as load
     names = ("tokens", "repeats", "steps", "batch", "max_length", "eval_examples")
     key = {"model": "SmolLM2-135M-Instruct", "dtype": "fp32", **{name: getattr(args, name) for name in names}}
     results = Results(args.output or EVIDENCE / "bench_velora.json", key, args.fresh)
     model, tokenizer = load()
-    ids, config = real_text(tokenizer, 1, args.tokens), model.config
+    ids, config = real_text(tokenizer, 1, args.tokens).to(DEVICE), model.config
     cell(results, "environment", environment)
     cell(results, "seconds", lambda: step_seconds(ROWS, load, ids, args.repeats))
     for row in tqdm(ROWS, desc="bytes"):
         cell(results, f"bytes | {row.name}", lambda row=row: count_bytes(row, load, ids))
     if args.seeds:
         train_all(results, args, tokenizer, load)
-    before, after = 2 * config.hidden_size + config.intermediate_size, 3 * GROUPS
-    a_token = config.num_hidden_layers * args.tokens * 4 / MIB
-    found = bars(results, (before * a_token, after * a_token)) if args.bars else []
+    width = config.num_hidden_layers * (2 * config.hidden_size + config.intermediate_size)
+    found = bars(results, width * args.tokens * 4 / MIB) if args.bars else []
     results.publish(
         f"# VeLoRA on SmolLM2-135M\n\n{in_one_line(key)}, groups {GROUPS}, inputs attention, mlp and down\n\n"
         f"{table(results)}\n\n```\n{judge(found)}\n```\n\n{in_one_line(results.cells['environment'])}"
@@ -276,7 +267,7 @@ def main(argv: Sequence[str] | None = None, load: Callable | None = None) -> int
 
 def train_all(results: Results, args: argparse.Namespace, tokenizer, load: Callable) -> None:
     """The training runs, seed by seed."""
-    collate = PadCollator(tokenizer.pad_token_id)
+    collate = collator(tokenizer.pad_token_id)
     data = {split: docstrings(tokenizer, split, args.max_length) for split in ("train", "test")}
     held_out = batches_of(data["test"][: args.eval_examples], 8, collate)
 

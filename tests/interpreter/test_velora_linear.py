@@ -4,19 +4,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.kernels.lean_checks import assert_as_good_as, cast, largest, results, saved_bytes
+from tests.kernels.lean_checks import CONVENTIONS, assert_as_good_as, cast, largest, results, saved_bytes
 from tokenseek_kernels import compress, gated_activation, gated_activation_compress, rms_norm, rms_norm_compress
 from tokenseek_kernels.compilation import TARGETS
 from tokenseek_kernels.lean_mlp.activations import TORCH
 from tokenseek_kernels.velora_linear import operators, triton
 
 EPS = 1e-6
-CONVENTIONS = {
-    "llama": {},
-    "olmo2": {"cast_before_weight": False},
-    "gemma": {"offset": 1.0, "cast_before_weight": False},
-    "offset before the cast": {"offset": 1.0},
-}
 # width, size and rank; none of the sizes but 1 and the widths themselves divides its width
 SHAPES = [(48, 1, 3), (7, 3, 1), (63, 7, 2), (100, 18, 1), (100, 48, 3), (250, 100, 2), (100, 100, 1), (1, 1, 1)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]

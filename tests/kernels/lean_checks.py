@@ -4,6 +4,13 @@ import torch
 
 # rounding of the result itself, relative to the largest entry: a few units of float32, one of the 16-bit types
 ROUNDING = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# options of rms_norm, by the model whose class they follow
+CONVENTIONS = {
+    "llama": {},
+    "olmo2": {"cast_before_weight": False},
+    "gemma": {"offset": 1.0, "cast_before_weight": False},
+    "offset before the cast": {"offset": 1.0},
+}
 # of a tensor with at least four rows and 23 features
 VIEWS = {
     "transposed": lambda x: x.transpose(0, 1),

@@ -11,17 +11,11 @@ from transformers.models.nanochat.modeling_nanochat import NanoChatRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from tests.kernels.lean_checks import VIEWS, assert_as_good_as, cast, largest, results, saved_bytes
+from tests.kernels.lean_checks import CONVENTIONS, VIEWS, assert_as_good_as, cast, largest, results, saved_bytes
 from tokenseek_kernels import layer_norm, rms_norm
 from tokenseek_kernels.lean_norm import eager
 
 EPS = 1e-6
-CONVENTIONS = {
-    "llama": {},
-    "olmo2": {"cast_before_weight": False},
-    "gemma": {"offset": 1.0, "cast_before_weight": False},
-    "offset before the cast": {"offset": 1.0},
-}
 MODULES = {
     LlamaRMSNorm: "llama",
     Qwen3RMSNorm: "llama",

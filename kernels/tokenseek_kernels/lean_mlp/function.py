@@ -203,6 +203,7 @@ def _implementation(impl: str):
 
 
 def check_states(gate: Tensor, up: Tensor | None, product: Tensor | None, activation: str) -> None:
+    """Refuses an unknown activation, and states that differ in shape or dtype or are not floating."""
     if activation not in TORCH:
         raise ValueError(
             f"`activation` should be one of {list(TORCH)}, got {activation!r}. "

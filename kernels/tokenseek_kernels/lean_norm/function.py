@@ -15,6 +15,8 @@ WIDEST = 8192
 
 
 class RMSOptions(NamedTuple):
+    """What [`rms_norm`] was called with beside its tensors; `impl` is resolved."""
+
     eps: float
     offset: float
     cast_before_weight: bool
@@ -165,6 +167,7 @@ def _wanted(gradients: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> It
 
 
 def check_inputs(x: Tensor, **parameters: Tensor | None) -> None:
+    """Refuses an `x` or parameters, by name, that are not floating or do not fit together."""
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"`x` must be floating point of shape [..., width], got {x.dtype} of shape {list(x.shape)}.")
     for name, parameter in parameters.items():

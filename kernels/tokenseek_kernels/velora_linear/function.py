@@ -167,6 +167,7 @@ def compressed_linear(
 
 
 def check_directions(x: Tensor, directions: Tensor, size: int) -> None:
+    """Refuses directions that do not fit `x`, and sub-tokens of no feature or more than `x` has."""
     if directions.dim() != 2 or x.dim() == 0 or directions.shape[1] != x.shape[-1]:
         raise ValueError(
             f"`x` [..., width] and directions [rank, width] do not fit together: got {list(x.shape)} and "
