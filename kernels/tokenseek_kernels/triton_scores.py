@@ -51,8 +51,11 @@ def positions_of(rows, slot, n_rows):
 
 @triton.jit
 def segments_of(segments, position, exists, PADDING: tl.constexpr):
-    """Document number at every position; padding is PADDING, another for queries than for keys, so that none match."""
-    document = None
+    """
+    Document number at every position; padding is PADDING, another for queries than for keys, so that none match.
+    Without segments it is the position, which nobody reads: up to Triton 3.6 a function cannot return None to another.
+    """
+    document = position
     if segments is not None:
         document = tl.load(segments + position, mask=exists, other=PADDING).to(tl.int32)
         document = tl.where(document < 0, PADDING, document)
@@ -60,7 +63,7 @@ def segments_of(segments, position, exists, PADDING: tl.constexpr):
 
 
 @triton.jit
-def visible(query, own, key, document, window, KEY_AXIS: tl.constexpr):
+def visible(query, own, key, document, segments, window, KEY_AXIS: tl.constexpr):
     """Who sees whom: [queries, keys], or [keys, queries] where KEY_AXIS is 0. `own` = documents of the queries."""
     QUERY_AXIS: tl.constexpr = 1 - KEY_AXIS
     # a vector that runs along an axis is expanded at the other one
@@ -68,34 +71,35 @@ def visible(query, own, key, document, window, KEY_AXIS: tl.constexpr):
     seen = key <= query
     if window is not None:
         seen = seen & (key > query - window)
-    if own is not None:
+    if segments is not None:
         seen = seen & (tl.expand_dims(document, QUERY_AXIS) == tl.expand_dims(own, KEY_AXIS))
     return seen
 
 
 @triton.jit
-def softcapped(products, scale, softcap):
-    """`softcap * tanh(scale * product / softcap)`."""
-    scores = products * scale
-    if softcap is not None:
-        scores = softcap * (2 * tl.sigmoid(scores * (2 / softcap)) - 1)
+def softcapped(products, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """
+    `softcap * tanh(scale * product / softcap)`.
+
+    Constants of a model are constants of its kernels: as an argument, Triton would round a float to float32.
+    """
+    scores = products * SCALE
+    if SOFTCAP is not None:
+        scores = SOFTCAP * (2 * tl.sigmoid(scores * (2 / SOFTCAP)) - 1)
     return scores
 
 
 @triton.jit
-def softcap_slope(scores, softcap):
+def softcap_slope(scores, SOFTCAP: tl.constexpr):
     """Slope of the softcap, `1 - tanh^2`, from its result."""
-    share = scores / softcap
+    share = scores / SOFTCAP
     return 1 - share * share
 
 
 @triton.jit
 def extent(numbers):
-    """Smallest and largest of the numbers that are not negative; `None` twice without numbers."""
-    lowest, highest = None, None
-    if numbers is not None:
-        lowest, highest = tl.min(tl.where(numbers >= 0, numbers, NEVER)), tl.max(numbers)
-    return lowest, highest
+    """Smallest and largest of the numbers that are not negative."""
+    return tl.min(tl.where(numbers >= 0, numbers, NEVER)), tl.max(numbers)
 
 
 @triton.jit
@@ -118,7 +122,7 @@ def keys_read(first, last, segments, window, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def in_reach(key, document, first, last, lowest, highest, window):
+def in_reach(key, document, first, last, lowest, highest, segments, window):
     """
     Which keys queries from `first` to `last` of documents from `lowest` to `highest` read: all that one of them sees,
     and none of padding, of the future, in front of the window, of other documents. (Weight 0 is no cure for a NaN.)
@@ -126,7 +130,7 @@ def in_reach(key, document, first, last, lowest, highest, window):
     reached = key <= last
     if window is not None:
         reached = reached & (key > first - window)
-    if lowest is not None:
+    if segments is not None:
         reached = reached & (document >= lowest) & (document <= highest)
     return reached
 

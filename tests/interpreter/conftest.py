@@ -7,6 +7,7 @@ The kernels' tests: in Triton's interpreter on CPU tensors, or on a GPU.
 
 import functools
 import importlib
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -59,15 +60,27 @@ def poisoned_empties(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def launches_are_gated(monkeypatch):
-    """Every kernel of the package that a test launches is listed for the compile gate."""
+    """
+    Every kernel of the package that a test launches is listed for the compile gate, and its floats are constants: a
+    compiled kernel would get them as float32 arguments, which the interpreter does not show.
+    """
     from triton.runtime.jit import KernelInterface
 
     launch = KernelInterface.__getitem__
 
     def checked(kernel, grid):
         ours = kernel.fn.__module__.startswith("tokenseek_kernels.")
-        assert not ours or kernel.fn in _gated(), f"{kernel.fn.__name__} is launched, but no compilations() lists it"
-        return launch(kernel, grid)
+        if not ours:
+            return launch(kernel, grid)
+        assert kernel.fn in _gated(), f"{kernel.fn.__name__} is launched, but no compilations() lists it"
+
+        def run(**arguments):
+            constants = inspect.get_annotations(kernel.fn)  # nothing else in our kernels' signatures is annotated
+            floats = [name for name, value in arguments.items() if isinstance(value, float) and name not in constants]
+            assert not floats, f"{kernel.fn.__name__} gets {floats} rounded to float32: make them tl.constexpr"
+            return launch(kernel, grid)(**arguments)
+
+        return run
 
     monkeypatch.setattr(KernelInterface, "__getitem__", checked)
 

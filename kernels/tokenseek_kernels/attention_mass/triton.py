@@ -52,9 +52,9 @@ def mass_kernel(
     n_rows,
     n_keys,
     group,
-    scale,
-    softcap,
     window,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -102,11 +102,11 @@ def mass_kernel(
             p_lse = lse + (batch * kv_heads * group + head) * n_rows
             row_lse = tl.load(p_lse + slot, mask=slot < n_rows, other=float("inf")) * LOG2E
             products = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=WIDE)
-            p = tl.exp2(softcapped(products, scale, softcap) - row_lse[None, :])
+            p = tl.exp2(softcapped(products, SCALE, SOFTCAP) - row_lse[None, :])
             if MARGIN:
                 position = positions_of(p_rows, slot, n_rows)
                 document = segments_of(p_segments, position, position >= 0, -2)
-                p = tl.where(visible(position, document, column, own_document, window, KEY_AXIS=0), p, 0.0)
+                p = tl.where(visible(position, document, column, own_document, segments, window, KEY_AXIS=0), p, 0.0)
             total += tl.sum(p, 1)
     tl.store(mass + (batch * kv_heads + kv_head) * n_keys + column, total, mask=exists)
 

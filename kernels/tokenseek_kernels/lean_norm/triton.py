@@ -93,8 +93,8 @@ def _launch_forward(
         x_stride=rows.stride(0),
         n_rows=len(rows),
         width=width,
-        eps=eps,
-        offset=offset,
+        EPS=eps,
+        OFFSET=offset,
         CAST_BEFORE_WEIGHT=cast_before_weight,
         ROWS=tile_rows,
         COLUMNS=tile_columns,
@@ -138,7 +138,7 @@ def _launch_backward(
         x_stride=rows.stride(0),
         n_rows=n_rows,
         width=width,
-        offset=offset,
+        OFFSET=offset,
         ROWS=tile_rows,
         COLUMNS=tile_columns,
         num_warps=warps,
@@ -163,12 +163,20 @@ def _tile_of(index, n_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def weighted(normed, p_weight, columns, inside, offset, DTYPE: tl.constexpr, CAST_BEFORE_WEIGHT: tl.constexpr):
+def weighted(
+    normed,
+    p_weight,
+    columns,
+    inside,
+    OFFSET: tl.constexpr,
+    DTYPE: tl.constexpr,
+    CAST_BEFORE_WEIGHT: tl.constexpr,
+):
     """normed (offset + weight), rounded where the models' classes round; `DTYPE` is that of their input."""
     if CAST_BEFORE_WEIGHT:
         normed = normed.to(DTYPE).to(normed.dtype)
     if p_weight is not None:
-        scale = tl.load(p_weight + columns, mask=inside, other=0.0).to(normed.dtype) + offset
+        scale = tl.load(p_weight + columns, mask=inside, other=0.0).to(normed.dtype) + OFFSET
         if CAST_BEFORE_WEIGHT:
             scale = scale.to(p_weight.dtype.element_ty).to(normed.dtype)
         normed *= scale
@@ -186,8 +194,8 @@ def _forward_kernel(
     x_stride,
     n_rows,
     width,
-    eps,
-    offset,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
     CAST_BEFORE_WEIGHT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -202,12 +210,12 @@ def _forward_kernel(
         mean = tl.sum(states, 1) / width
         tl.store(p_mean + rows, mean, mask=exists)
         states = tl.where(inside, states - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(states * states, 1) / width + eps)
+    rstd = tl.rsqrt(tl.sum(states * states, 1) / width + EPS)
     tl.store(p_rstd + rows, rstd, mask=exists)
 
     y = states * rstd[:, None]
     y = weighted(
-        y, p_weight, columns[None, :], (columns < width)[None, :], offset, p_x.dtype.element_ty, CAST_BEFORE_WEIGHT
+        y, p_weight, columns[None, :], (columns < width)[None, :], OFFSET, p_x.dtype.element_ty, CAST_BEFORE_WEIGHT
     )
     if p_bias is not None:
         y += tl.load(p_bias + columns, mask=columns < width, other=0.0).to(ACC)[None, :]
@@ -228,7 +236,7 @@ def _backward_kernel(
     x_stride,
     n_rows,
     width,
-    offset,
+    OFFSET: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -259,7 +267,7 @@ def _backward_kernel(
         if p_grad_x is not None:
             if p_weight is not None:
                 # read again for every tile: it stays in the cache, and would take registers
-                grad *= (tl.load(p_weight + columns, mask=columns < width, other=0.0).to(ACC) + offset)[None, :]
+                grad *= (tl.load(p_weight + columns, mask=columns < width, other=0.0).to(ACC) + OFFSET)[None, :]
             grad_x = grad - normed * (tl.sum(grad * normed, 1) / width)[:, None]
             if p_mean is not None:
                 grad_x -= (tl.sum(grad, 1) / width)[:, None]
@@ -291,17 +299,17 @@ def compilations(target: Target) -> list[Compilation]:
 
 def _forward_compilation(width: int, dtype: str, centered: bool, target: Target) -> Compilation:
     states = ("p_x", "p_weight", "p_y", *(("p_bias",) if centered else ()))
-    types = dict.fromkeys(states, f"*{dtype}") | {"p_rstd": "*fp32", "eps": "fp32", "offset": "fp32"}
+    types = dict.fromkeys(states, f"*{dtype}") | {"p_rstd": "*fp32"}
     types |= {"p_mean": "*fp32"} if centered else {}
     types |= dict.fromkeys(("x_stride", "n_rows", "width"), "i32")
-    constants = {"CAST_BEFORE_WEIGHT": not centered}
+    constants = {"EPS": 1e-6, "CAST_BEFORE_WEIGHT": not centered}
     return _compilation("forward", _forward_kernel, types, constants, width, dtype, centered, target)
 
 
 def _backward_compilation(
     width: int, dtype: str, centered: bool, target: Target, states: bool, sums: bool
 ) -> Compilation:
-    types = dict.fromkeys(("p_grad", "p_x", "p_weight"), f"*{dtype}") | {"p_rstd": "*fp32", "offset": "fp32"}
+    types = dict.fromkeys(("p_grad", "p_x", "p_weight"), f"*{dtype}") | {"p_rstd": "*fp32"}
     types |= dict.fromkeys(("grad_stride", "x_stride", "n_rows", "width"), "i32")
     types |= {"p_grad_x": f"*{dtype}"} if states else {}
     optional = {"p_mean": centered, "p_grad_weight": sums, "p_grad_bias": centered and sums}
@@ -315,6 +323,6 @@ def _compilation(
 ) -> Compilation:
     rows, columns, warps = tile(width, target)
     absent = [name for name in kernel.arg_names if name.startswith("p_") and name not in types]
-    constants = {"ROWS": rows, "COLUMNS": columns, **constants, **dict.fromkeys(absent)}
+    constants = {"OFFSET": 0.0, "ROWS": rows, "COLUMNS": columns, **constants, **dict.fromkeys(absent)}
     name = f"{'layer' if centered else 'rms'}_norm {what} {dtype} width {width}"
     return Compilation(name, kernel, types, constants, warps, 3, matmul=False)

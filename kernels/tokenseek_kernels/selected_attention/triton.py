@@ -107,8 +107,8 @@ def rule(query: Tensor, key: Tensor, scale: float, softcap: float | None, window
         "n_rows": query.shape[2],
         "n_keys": key.shape[2],
         "group": query.shape[1] // key.shape[1],
-        "scale": scale * math.log2(math.e),
-        "softcap": None if softcap is None else softcap * math.log2(math.e),
+        "SCALE": scale * math.log2(math.e),
+        "SOFTCAP": None if softcap is None else softcap * math.log2(math.e),
         "window": window,
     }
 
@@ -209,7 +209,7 @@ def selected_attention_backward(grad, query, key, value, output, lse, rows, segm
 # What the gate compiles: every block of the tables, the dtypes, a head size that is no power of two, and one with
 # smaller values (MLA); everything on, and everything off where only causality applies.
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-OPTIONS = ("segments", "sinks", "softcap", "window")
+OPTIONS = ("segments", "sinks", "SOFTCAP", "window")
 GATED = [
     *((torch.bfloat16, dim, dim, on) for dim in (64, 128, 256) for on in (True, False)),
     *((torch.float32, 64, 64, on) for on in (True, False)),
@@ -267,7 +267,13 @@ def compilation(
     """One entry for the gate; the type of an argument follows from its name, `absent` ones are `None`."""
     options = launch_options(blocks, dtype, target)
     num_warps, num_stages = options.pop("num_warps"), options.pop("num_stages")
-    constants = {**sizes, **options, **{argument: None for argument in absent if argument in kernel.arg_names}}
+    constants = {
+        "SCALE": 0.125,
+        "SOFTCAP": 50.0,
+        **sizes,
+        **options,
+        **{argument: None for argument in absent if argument in kernel.arg_names},
+    }
     types = {argument: _type_of(argument, DTYPES[dtype]) for argument in kernel.arg_names if argument not in constants}
     return Compilation(name, kernel, types, constants, num_warps, num_stages, matmul=dtype != torch.float64)
 
@@ -278,8 +284,6 @@ def _type_of(argument: str, element: str) -> str:
         return "*i64"
     if argument in ("lse", "delta", "mass"):
         return f"*{wide}"
-    if argument in ("scale", "softcap"):
-        return "fp32"
     if argument in ("n_rows", "n_keys", "group", "window") or argument.endswith(("_batch", "_head", "_row")):
         return "i32"
     return f"*{element}"

@@ -50,9 +50,9 @@ def query_gradient_kernel(
     n_rows,
     n_keys,
     group,
-    scale,
-    softcap,
     window,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -101,25 +101,25 @@ def query_gradient_kernel(
             if MARGIN:
                 start = step + tl.where(step < whole_begin, 0, gap)
                 document = segments_of(p_segments, start + offset, start + offset < n_keys, -1)
-                seen = visible(position, own, start + offset, document, window, KEY_AXIS=1)
-                reached = in_reach(start + offset, document, first, last, lowest, highest, window)
+                seen = visible(position, own, start + offset, document, segments, window, KEY_AXIS=1)
+                reached = in_reach(start + offset, document, first, last, lowest, highest, segments, window)
             far_start = tl.cast(start, tl.int64)
             k = load_tile(p_key + far_start * k_row, k_row, offset, reached, DIM, BLOCK_DIM)
             v = load_tile(p_value + far_start * v_row, v_row, offset, reached, VALUE_DIM, BLOCK_VALUE)
             products = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=WIDE)
-            scores = softcapped(products, scale, softcap)
+            scores = softcapped(products, SCALE, SOFTCAP)
             p = tl.exp2(scores - own_lse[:, None])
             if MARGIN:
                 p = tl.where(seen, p, 0.0)
-            if softcap is not None:
-                p *= softcap_slope(scores, softcap)
+            if SOFTCAP is not None:
+                p *= softcap_slope(scores, SOFTCAP)
             dp = tl.dot(g, tl.trans(v), input_precision=PRECISION, out_dtype=WIDE)
             ds = p * (dp - own_delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=WIDE)
 
     # (batch, rows, heads, dim)
     p_d_query = d_query + (batch * n_rows * heads + head) * DIM
-    store_tile(p_d_query, heads * DIM, far_slot, exists, dq * (scale / LOG2E), DIM, BLOCK_DIM)
+    store_tile(p_d_query, heads * DIM, far_slot, exists, dq * (SCALE / LOG2E), DIM, BLOCK_DIM)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_keys", "group", "window"])
@@ -149,9 +149,9 @@ def key_value_gradient_kernel(
     n_rows,
     n_keys,
     group,
-    scale,
-    softcap,
     window,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -209,21 +209,21 @@ def key_value_gradient_kernel(
             row_lse = tl.load(lse + vector, mask=exists, other=float("inf")) * LOG2E
             row_delta = tl.load(delta + vector, mask=exists, other=0.0)
             products = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=WIDE)
-            scores = softcapped(products, scale, softcap)
+            scores = softcapped(products, SCALE, SOFTCAP)
             p = tl.exp2(scores - row_lse[None, :])
             if MARGIN:
                 position = positions_of(p_rows, slot, n_rows)
                 document = segments_of(p_segments, position, position >= 0, -2)
-                seen = visible(position, document, own, own_document, window, KEY_AXIS=0)
+                seen = visible(position, document, own, own_document, segments, window, KEY_AXIS=0)
                 p = tl.where(seen, p, 0.0)
             dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION, out_dtype=WIDE)
-            if softcap is not None:
-                p *= softcap_slope(scores, softcap)
+            if SOFTCAP is not None:
+                p *= softcap_slope(scores, SOFTCAP)
             dp = tl.dot(v, tl.trans(g), input_precision=PRECISION, out_dtype=WIDE)
             ds = p * (dp - row_delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=WIDE)
 
     exists, far_column = column < n_rows, column.to(tl.int64)
     p_out = (batch * kv_heads + kv_head) * n_rows
-    store_tile(d_key + p_out * DIM, DIM, far_column, exists, dk * (scale / LOG2E), DIM, BLOCK_DIM)
+    store_tile(d_key + p_out * DIM, DIM, far_column, exists, dk * (SCALE / LOG2E), DIM, BLOCK_DIM)
     store_tile(d_value + p_out * VALUE_DIM, VALUE_DIM, far_column, exists, dv, VALUE_DIM, BLOCK_VALUE)

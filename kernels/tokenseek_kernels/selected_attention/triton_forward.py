@@ -39,9 +39,9 @@ def forward_kernel(
     n_rows,
     n_keys,
     group,
-    scale,
-    softcap,
     window,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -88,12 +88,12 @@ def forward_kernel(
             if MARGIN:
                 start = step + tl.where(step < whole_begin, 0, gap)
                 document = segments_of(p_segments, start + offset, start + offset < n_keys, -1)
-                seen = visible(position, own, start + offset, document, window, KEY_AXIS=1)
-                reached = in_reach(start + offset, document, first, last, lowest, highest, window)
+                seen = visible(position, own, start + offset, document, segments, window, KEY_AXIS=1)
+                reached = in_reach(start + offset, document, first, last, lowest, highest, segments, window)
             far_start = tl.cast(start, tl.int64)
             k = load_tile(p_key + far_start * k_row, k_row, offset, reached, DIM, BLOCK_DIM)
             products = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=WIDE)
-            scores = softcapped(products, scale, softcap)
+            scores = softcapped(products, SCALE, SOFTCAP)
             if MARGIN:
                 scores = tl.where(seen, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))

@@ -73,8 +73,8 @@ def rms_norm_compress(
         width=width,
         size=size,
         n_groups=triton.cdiv(width, size),
-        eps=eps,
-        offset=offset,
+        EPS=eps,
+        OFFSET=offset,
         CAST_BEFORE_WEIGHT=cast_before_weight,
         RANK=len(directions),
         GROUPS=groups,
@@ -197,8 +197,8 @@ def _rms_norm_compress_kernel(
     width,
     size,
     n_groups,
-    eps,
-    offset,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
     CAST_BEFORE_WEIGHT: tl.constexpr,
     RANK: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -211,9 +211,9 @@ def _rms_norm_compress_kernel(
     row = tl.program_id(0).to(tl.int64)
     groups, columns, inside = _tile_of(0, width, size, GROUPS, FEATURES)
     states = tl.load(p_x + row * x_stride + columns, mask=inside, other=0.0).to(ACC)
-    rstd = tl.rsqrt(tl.sum(states * states) / width + eps)
+    rstd = tl.rsqrt(tl.sum(states * states) / width + EPS)
     tl.store(p_rstd + row, rstd)
-    y = weighted(states * rstd, p_weight, columns, inside, offset, p_x.dtype.element_ty, CAST_BEFORE_WEIGHT)
+    y = weighted(states * rstd, p_weight, columns, inside, OFFSET, p_x.dtype.element_ty, CAST_BEFORE_WEIGHT)
     y = y.to(p_y.dtype.element_ty)
     tl.store(p_y + row * width + columns, y, mask=inside)
     _compress_tile(y, p_directions, p_z, row, groups, columns, inside, width, n_groups, RANK)
@@ -271,8 +271,8 @@ def _compress_compilation(size: int, dtype: str, rank: int, target: Target) -> C
 
 def _rms_norm_compilation(size: int, width: int, dtype: str, rank: int, target: Target) -> Compilation:
     types = dict.fromkeys(("p_x", "p_weight", "p_y"), f"*{dtype}")
-    types |= {"p_rstd": "*fp32", "x_stride": "i32", "eps": "fp32", "offset": "fp32"}
-    name, constants = f"rms_norm_compress width {width}", {"CAST_BEFORE_WEIGHT": True}
+    types |= {"p_rstd": "*fp32", "x_stride": "i32"}
+    name, constants = f"rms_norm_compress width {width}", {"EPS": 1e-6, "OFFSET": 0.0, "CAST_BEFORE_WEIGHT": True}
     tile = row_tile(width, size, target)
     return _compilation(name, _rms_norm_compress_kernel, types, constants, tile, dtype, rank)
 
