@@ -18,8 +18,9 @@ OPERATORS = (
     loss._statistics,
     attention._forward_op,
     attention._backward_op,
+    attention._overlay_op,
 )
-BODIES = {operator._opoverload: operator._init_fn for operator in OPERATORS}
+BODIES = {operator.operator._opoverload: operator.function for operator in OPERATORS}
 
 
 class LiveMemoryInside(LiveMemory):

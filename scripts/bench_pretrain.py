@@ -2,6 +2,7 @@
 Pre-training from random weights: held-out loss, time and memory of full training, VeLoRA, GaLore and APOLLO.
 
     python scripts/bench_pretrain.py                      # costs, learning rates, three seeds, then the table
+    python scripts/bench_pretrain.py --seeds              # costs only
     python scripts/bench_pretrain.py --table-only         # the table of what has been run
     python scripts/bench_pretrain.py --preset llama-60m   # options of recipes/pretrain.py go to every run
 
@@ -147,6 +148,8 @@ def fill(results: Results, args: argparse.Namespace, options: Sequence[str]) -> 
     cell(results, "before", lambda: bench.loss("full", "test", seed=0, rate=0.0, steps=0))
     for row in tqdm(args.rows, desc="costs"):
         cell(results, f"costs | {row}", lambda row=row: bench.costs(row, args.timing_repeats))
+    if not args.seeds:
+        return
     sweep = [(row, rate) for row in args.rows for rate in ROWS[row].rates]
     for row, rate in tqdm(sweep, desc="learning rates"):
         cell(
@@ -206,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rate-steps", type=int, default=75)
     parser.add_argument("--timing-repeats", type=int, default=5)

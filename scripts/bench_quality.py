@@ -1,7 +1,8 @@
 """
 Held-out loss of full fine-tuning, LoRA, fewer sequences at equal cost, and TokenSeek by score: SmolLM2-135M.
 
-    python scripts/bench_quality.py --task docstrings                 # rates, then three seeds, then the table
+    python scripts/bench_quality.py --task docstrings                 # times, rates, three seeds, then the table
+    python scripts/bench_quality.py --task docstrings --seeds         # times only
     python scripts/bench_quality.py --task docstrings --table-only    # the table of what has been run
 
 Every run is a cell of docs/evidence/quality-<task>.json, written when it ends: a second call goes on where the
@@ -206,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=sorted(TASKS), default="docstrings")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rate-steps", type=int, default=8)
     parser.add_argument("--batch", type=int, default=2)
@@ -245,6 +246,8 @@ def fill(results: Results, args: argparse.Namespace) -> None:
         results, "seconds", lambda: time_steps({_timed_as(name) for name in args.methods}, train, args.timing_repeats)
     )
     cell(results, "before", lambda: evaluator("test")(build(METHODS["full"], 0)))
+    if not args.seeds:
+        return
     needed = dict.fromkeys(METHODS[name].rate_of or name for name in args.methods)
     sweep = [(name, rate) for name in needed for rate in (LORA_RATES if METHODS[name].lora else FULL_RATES)]
     for name, rate in tqdm(sweep, desc="learning rates"):

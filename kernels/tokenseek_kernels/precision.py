@@ -1,4 +1,6 @@
-"""In which dtype a linear layer computes."""
+"""In which dtype things are computed."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -13,3 +15,9 @@ def linear_dtype_of(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         return torch.get_autocast_dtype(device.type)
     return dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Sums that are kept in float32 stay there: autocast would round them on the way."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()

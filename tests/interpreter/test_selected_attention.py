@@ -8,7 +8,7 @@ import torch
 
 from tokenseek_kernels import causal_attention, selected_attention
 from tokenseek_kernels.scores import visible
-from tokenseek_kernels.selected_attention.function import _backward_op, _forward_op
+from tokenseek_kernels.selected_attention.function import _backward_op, _forward_op, _overlay_op, overlay_
 
 triton_module = importlib.import_module("tokenseek_kernels.selected_attention.triton")
 
@@ -230,6 +230,24 @@ def test_any_strides(small_blocks, device, dim):
         assert torch.equal(one, other), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dim", [16, 6, 80])
+def test_overlay_writes_the_selected_rows_and_nothing_else(device, dim, dtype):
+    generator = torch.Generator().manual_seed(0)
+    # rows between others, heads innermost: as a model's projections come out
+    fresh = torch.randn(2, 37, 3, 2 * dim, generator=generator).to(device)[..., ::2].transpose(1, 2)
+    states = torch.randn(2, KEYS, 3, dim, generator=generator).to(device, dtype).transpose(1, 2)
+    before, version = states.clone(), states._version
+    overlay_(states, fresh, ROWS.to(device), "triton")
+    assert states._version == version
+    for sequence, rows in enumerate(ROWS):
+        for position in range(KEYS):
+            slot = (rows == position).nonzero()
+            source = fresh[sequence, :, slot.item()].to(dtype) if len(slot) else before[sequence, :, position]
+            assert torch.equal(states[sequence, :, position], source)
+    torch.library.opcheck(_overlay_op.operator, (states, fresh, ROWS.to(device), "triton"))
+
+
 def test_nothing_is_written_outside_of_the_results(small_blocks, device, monkeypatch):
     guard, buffers = 64, []
 
@@ -268,11 +286,11 @@ def test_opcheck(small_blocks, device, rule, layout):
     query, _, _, *sinks = (leaf.detach() for leaf in case.leaves)
     own = (case.options.get("scale", 0.5), case.options.get("softcap"), case.options.get("window"), *(sinks or [None]))
     own = (case.rows, case.segments, *own, "triton")
-    torch.library.opcheck(_forward_op, (query, *case.scouted, *own))
+    torch.library.opcheck(_forward_op.operator, (query, *case.scouted, *own))
     output, lse = _forward_op(query, *case.scouted, *own)
-    torch.library.opcheck(_backward_op, (case.upstream, query, *case.scouted, output, lse, *own))
+    torch.library.opcheck(_backward_op.operator, (case.upstream, query, *case.scouted, output, lse, *own))
     across = query.transpose(1, 2).contiguous().transpose(1, 2)
-    torch.library.opcheck(_backward_op, (case.upstream, across, *case.scouted, output, lse, *own))
+    torch.library.opcheck(_backward_op.operator, (case.upstream, across, *case.scouted, output, lse, *own))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -70,7 +70,8 @@ def test_sub_tokens_that_are_too_long_go_to_torch(device):
     for call in calls:
         with pytest.raises(ValueError, match="8192 features"):
             call("triton")
-        assert torch.equal(call("auto"), call("torch"))
+        # to rounding: a GPU's products may add up in another order the next time
+        torch.testing.assert_close(call("auto"), call("torch"), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)

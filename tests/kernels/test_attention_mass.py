@@ -115,7 +115,7 @@ def test_fake_tensors_and_opcheck():
         sinks = None if options.get("sinks") is None else options["sinks"].float()
         rule = (0.5, options.get("softcap"), options.get("window"), sinks)
         for lse in (None, torch.ones(query.shape[:3])):
-            torch.library.opcheck(_mass_op, (query, key, ROWS, segments, *rule, lse, "torch"))
+            torch.library.opcheck(_mass_op.operator, (query, key, ROWS, segments, *rule, lse, "torch"))
     with FakeTensorMode():
         mass = attention_mass(torch.empty(2, 4, 3, 8), torch.empty(2, 2, 9, 8), torch.zeros(2, 3, dtype=torch.long))
         assert mass.shape == (2, 9) and mass.dtype == torch.float32

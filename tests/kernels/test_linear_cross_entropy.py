@@ -79,7 +79,7 @@ def test_gradcheck(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_is_that_of_dense_pytorch_in_the_same_dtype(dtype, variant):
-    # per element: our error against float64 <= dense PyTorch's error there + a few roundings of the tensor's scale
+    # the largest error against float64 <= twice dense PyTorch's (sums in another order) + a few roundings of the scale
     options = VARIANTS[variant]
     *leaves, targets, upstream = make_inputs(63, 257, dtype, True, options.get("ignore_index", -100))
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -90,8 +90,8 @@ def test_error_is_that_of_dense_pytorch_in_the_same_dtype(dtype, variant):
     same_dtype = loss_and_gradients(lambda: dense_pytorch(*leaves, targets, **options), leaves, upstream)
     truth = loss_and_gradients(lambda: dense_pytorch(*exact, targets, **options), exact, upstream)
     for name, mine, theirs, true in zip(("loss", "hidden", "weight", "bias"), ours, same_dtype, truth, strict=True):
-        mine_error, their_error = ((value.double() - true).abs() for value in (mine, theirs))
-        excess = (mine_error - their_error).max() / true.abs().max()
+        mine_error, their_error = ((value.double() - true).abs().max() for value in (mine, theirs))
+        excess = (mine_error - 2 * their_error) / true.abs().max()
         assert excess <= 4 * torch.finfo(dtype).eps, f"{name}: {excess:.2e} of the largest value"
 
 

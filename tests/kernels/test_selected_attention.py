@@ -193,7 +193,7 @@ def test_overlay_writes_exactly_the_selected_rows():
     rows = ROWS[:2]
     (_, fresh, *_), (states, _), *_ = make_inputs("gqa", rows=rows)
     written = states.clone()
-    overlay_(written, fresh.detach(), rows)
+    overlay_(written, fresh.detach(), rows, "torch")
     for sequence, position in itertools.product(range(2), range(KEYS)):
         slot = (rows[sequence] == position).nonzero()
         source = fresh[sequence, :, slot.item()] if len(slot) else states[sequence, :, position]
@@ -228,6 +228,7 @@ def test_opcheck(rule):
     segments = make_segments("left")
     sinks = sinks[0] if sinks else None
     rule_args = (options.get("scale", 0.5), options.get("softcap"), options.get("window"), sinks, "torch")
-    torch.library.opcheck(_forward_op, (query, key, value, ROWS, segments, *rule_args))
+    torch.library.opcheck(_forward_op.operator, (query, key, value, ROWS, segments, *rule_args))
     output, lse = _forward_op(query, key, value, ROWS, segments, *rule_args)
-    torch.library.opcheck(_backward_op, (upstream, query, key, value, output, lse, ROWS, segments, *rule_args))
+    arguments = (upstream, query, key, value, output, lse, ROWS, segments, *rule_args)
+    torch.library.opcheck(_backward_op.operator, arguments)

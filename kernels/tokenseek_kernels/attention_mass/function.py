@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from ..custom_op import custom_op
+from ..precision import without_autocast
 from ..scores import resolve_attention_impl
 from . import blocked
 from .reference import attention_mass_reference
 
 
-@torch.library.custom_op("tokenseek::attention_mass", mutates_args=())
+@custom_op("tokenseek::attention_mass")
 def _mass_op(
     query: Tensor,
     key: Tensor,
@@ -24,8 +26,7 @@ def _mass_op(
     module = blocked
     if impl == "triton":
         from . import triton as module
-    # sums are kept in float32; autocast would round them on the way
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         return module.attention_mass(query, key, rows, segments, scale, softcap, window, sinks, lse)
 
 

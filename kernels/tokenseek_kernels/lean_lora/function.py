@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tokenseek_kernels.custom_op import custom_op
 from tokenseek_kernels.dispatch import resolve_impl
 from tokenseek_kernels.lean_lora import reference
 from tokenseek_kernels.precision import linear_dtype
@@ -19,7 +20,7 @@ class _Options(NamedTuple):
     dtype: torch.dtype
 
 
-@torch.library.custom_op("tokenseek::dropped_elements", mutates_args=())
+@custom_op("tokenseek::dropped_elements")
 def _dropped_elements(shape: Sequence[int], device: torch.device, dropout: float, seed: Tensor) -> Tensor:
     # an operator because of this line: a fake seed has no value
     return reference.dropped_elements(shape, device, dropout, int(seed))

@@ -1,12 +1,12 @@
 """The kernels as custom operators, so that they run under fake tensors, `torch.compile` and opcheck."""
 
-import torch
 from torch import Tensor
 
+from tokenseek_kernels.custom_op import custom_op
 from tokenseek_kernels.lean_mlp import triton
 
 
-@torch.library.custom_op("tokenseek::gated_activation_forward", mutates_args=())
+@custom_op("tokenseek::gated_activation_forward")
 def forward(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     """`act(gate) * up`, or `act(gate)`."""
     return triton.forward(gate, up, activation)
@@ -17,7 +17,7 @@ def _(gate, up, activation):
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("tokenseek::gated_activation_backward", mutates_args=())
+@custom_op("tokenseek::gated_activation_backward")
 def backward(grad: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up."""
     grad_gate = gate.new_empty(gate.shape)
@@ -31,7 +31,7 @@ def _(grad, gate, up, activation):
     return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else gate.shape)
 
 
-@torch.library.custom_op("tokenseek::gated_activation_backward_", mutates_args=("grad",))
+@custom_op("tokenseek::gated_activation_backward_", mutates_args=("grad",))
 def backward_in_place(
     grad: Tensor, gate: Tensor, up: Tensor | None, activation: str, needs_product: bool
 ) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from tokenseek_kernels.custom_op import custom_op
 from tokenseek_kernels.lean_norm import triton
 from tokenseek_kernels.lean_norm.reference import compute_dtype
 
 
-@torch.library.custom_op("tokenseek::rms_norm_forward", mutates_args=())
+@custom_op("tokenseek::rms_norm_forward")
 def rms_norm_forward(
     x: Tensor, weight: Tensor | None, eps: float, offset: float, cast_before_weight: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -20,7 +21,7 @@ def _(x, weight, eps, offset, cast_before_weight, dtype):
     return x.new_empty(x.shape, dtype=dtype), _one_a_row(x)
 
 
-@torch.library.custom_op("tokenseek::layer_norm_forward", mutates_args=())
+@custom_op("tokenseek::layer_norm_forward")
 def layer_norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,7 +34,7 @@ def _(x, weight, bias, eps):
     return x.new_empty(x.shape), _one_a_row(x), _one_a_row(x)
 
 
-@torch.library.custom_op("tokenseek::norm_backward", mutates_args=())
+@custom_op("tokenseek::norm_backward")
 def _backward(
     grad: Tensor,
     x: Tensor,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tokenseek_kernels.custom_op import custom_op
 from tokenseek_kernels.dispatch import resolve_impl
 from tokenseek_kernels.linear_cross_entropy import chunked, reference
 from tokenseek_kernels.linear_cross_entropy.logits import compute_dtype
@@ -38,7 +39,7 @@ class _Options(NamedTuple):
     impl: str
 
 
-@torch.library.custom_op("tokenseek::linear_cross_entropy_forward", mutates_args=())
+@custom_op("tokenseek::linear_cross_entropy_forward")
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -59,7 +60,7 @@ def _(hidden, *others):
     return loss, torch.empty_like(loss)
 
 
-@torch.library.custom_op("tokenseek::linear_cross_entropy_backward", mutates_args=())
+@custom_op("tokenseek::linear_cross_entropy_backward")
 def _backward(
     grad_loss: Tensor,
     hidden: Tensor,
@@ -88,7 +89,7 @@ def _(grad_loss, hidden, weight, targets, log_sum_exp, bias, *options_and_needs)
     return tuple(tensor.new_empty(tensor.shape) if needed else hidden.new_empty(0) for tensor, needed in inputs)
 
 
-@torch.library.custom_op("tokenseek::head_statistics", mutates_args=())
+@custom_op("tokenseek::head_statistics")
 def _statistics(
     hidden: Tensor,
     weight: Tensor,

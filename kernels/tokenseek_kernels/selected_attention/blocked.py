@@ -33,6 +33,14 @@ def selected_attention_forward(query, key, value, rows, segments, scale, softcap
     return output, lse
 
 
+def overlay_(states: torch.Tensor, fresh: torch.Tensor, rows: torch.Tensor) -> None:
+    """Writes rows of `fresh` over their places in `states`; empty slots repeat the last real slot's."""
+    last = (rows >= 0).sum(1, keepdim=True).sub(1).clamp(min=0)
+    slot = torch.minimum(torch.arange(rows.shape[1], device=rows.device), last)
+    index = rows.gather(1, slot).clamp(min=0)[:, None, :, None].expand_as(fresh)
+    states.scatter_(2, index, fresh.gather(2, slot[:, None, :, None].expand_as(fresh)).to(states.dtype))
+
+
 def _has_flash(query: torch.Tensor, value: torch.Tensor, softcap: float | None) -> bool:
     """Whether torch's fused CPU kernel can be used; it takes a mask, gives the log-sum-exp and groups heads."""
     return query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..custom_op import custom_op
+from ..precision import without_autocast
 from ..scores import resolve_attention_impl, row_blocks, wide_dtype
 from . import blocked
 from .reference import selected_attention_reference
@@ -18,7 +20,7 @@ def _module_of(impl: str):
     return blocked
 
 
-@torch.library.custom_op("tokenseek::selected_attention_forward", mutates_args=())
+@custom_op("tokenseek::selected_attention_forward")
 def _forward_op(
     query: Tensor,
     key: Tensor,
@@ -31,8 +33,7 @@ def _forward_op(
     sinks: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    # the op keeps its sums in float32 itself; autocast would round them on the way
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         forward = _module_of(impl).selected_attention_forward
         return forward(query, key, value, rows, segments, scale, softcap, window, sinks)
 
@@ -44,7 +45,7 @@ def _(query, key, value, rows, segments, scale, softcap, window, sinks, impl):
     return output, query.new_empty(batch, heads, n_rows, dtype=wide_dtype(query))
 
 
-@torch.library.custom_op("tokenseek::selected_attention_backward", mutates_args=())
+@custom_op("tokenseek::selected_attention_backward")
 def _backward_op(
     grad: Tensor,
     query: Tensor,
@@ -60,7 +61,7 @@ def _backward_op(
     sinks: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         backward = _module_of(impl).selected_attention_backward
         return backward(grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks)
 
@@ -76,17 +77,20 @@ def _(grad, query, key, value, output, lse, rows, segments, scale, softcap, wind
     )
 
 
-def overlay_(states: Tensor, fresh: Tensor, rows: Tensor) -> None:
-    """
-    Writes the fresh rows of selected keys or values over the scouted ones, in place.
+@custom_op("tokenseek::overlay_", mutates_args=("states",))
+def _overlay_op(states: Tensor, fresh: Tensor, rows: Tensor, impl: str) -> None:
+    _module_of(impl).overlay_(states, fresh, rows)
 
-    Empty slots (-1, behind the real ones) repeat the last real slot, so that a duplicate write carries the same value.
-    """
-    last = (rows >= 0).sum(1, keepdim=True).sub(1).clamp(min=0)
-    slot = torch.minimum(torch.arange(rows.shape[1], device=rows.device), last)
-    index = rows.gather(1, slot).clamp(min=0)[:, None, :, None].expand_as(fresh)
+
+@_overlay_op.register_fake
+def _(states, fresh, rows, impl):
+    return None
+
+
+def overlay_(states: Tensor, fresh: Tensor, rows: Tensor, impl: str) -> None:
+    """Writes the fresh rows of selected keys or values over the scouted ones, in place; empty slots (-1) have none."""
     # layers may share their keys and values: writing the same rows again changes nothing, so their version stays
-    states.data.scatter_(2, index, fresh.gather(2, slot[:, None, :, None].expand_as(fresh)).to(states.dtype))
+    _overlay_op(states.data, fresh, rows, impl)
 
 
 class _SelectedAttention(torch.autograd.Function):
@@ -94,8 +98,8 @@ class _SelectedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, sinks, impl):
-        overlay_(key, fresh_key, rows)
-        overlay_(value, fresh_value, rows)
+        overlay_(key, fresh_key, rows, impl)
+        overlay_(value, fresh_value, rows, impl)
         output, lse = _forward_op(query, key, value, rows, segments, scale, softcap, window, sinks, impl)
         ctx.save_for_backward(query, key, value, output, lse, rows, segments, sinks)
         ctx.plain, ctx.impl = (scale, softcap, window), impl

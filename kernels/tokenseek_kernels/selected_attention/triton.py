@@ -12,6 +12,7 @@ from ..compilation import Compilation, Target, target_of
 from ..scores import TRITON_HEAD_SIZES, wide_dtype
 from .triton_backward import key_value_gradient_kernel, query_gradient_kernel
 from .triton_forward import forward_kernel
+from .triton_overlay import overlay_kernel
 
 
 class Blocks(NamedTuple):
@@ -49,6 +50,10 @@ KEY_VALUE_GRADIENT: Table = {
     (64, 4): (Blocks(32, 32, 256, 1), Blocks(32, 32, 256, 1)),
     (32, 8): (Blocks(16, 16, 128, 1), Blocks(16, 16, 128, 1)),
 }
+
+
+# of a program that overlays rows
+OVERLAY_ROWS, OVERLAY_THREADS = 16, 128
 
 
 def padded(size: int) -> int:
@@ -118,6 +123,25 @@ def selected_attention_forward(query, key, value, rows, segments, scale, softcap
     batch, heads, n_rows, _ = query.shape
     output = query.new_empty(batch, n_rows, heads, value.shape[-1])
     return output, _launch_forward(query, key, value, rows, segments, scale, softcap, window, sinks, output)
+
+
+def overlay_(states: Tensor, fresh: Tensor, rows: Tensor) -> None:
+    """As the function of this name in `blocked.py`."""
+    batch, heads, n_rows, dim = fresh.shape
+    names = ("batch", "head", "row", "column")
+    with torch.cuda.device_of(states):
+        overlay_kernel[triton.cdiv(n_rows, OVERLAY_ROWS), heads, batch](
+            states=states,
+            fresh=fresh,
+            rows=rows.contiguous(),
+            **{f"s_{name}": step for name, step in zip(names, states.stride(), strict=True)},
+            **{f"f_{name}": step for name, step in zip(names, fresh.stride(), strict=True)},
+            n_rows=n_rows,
+            DIM=dim,
+            BLOCK_DIM=padded(dim),
+            BLOCK_ROWS=OVERLAY_ROWS,
+            num_warps=OVERLAY_THREADS // target_of(states).warp_size,
+        )
 
 
 def log_sum_exp(query, key, rows, segments, scale, softcap, window, sinks) -> Tensor:
@@ -246,6 +270,8 @@ def _compilations(target: Target) -> Iterator[Compilation]:
                 BLOCK_DIM=padded(dim),
                 BLOCK_VALUE=padded(value_dim),
             )
+    for dim in (64, 80, 128, 256):
+        yield _overlay_compilation(dim, target)
     for dim in (64, 128, 256):
         yield compilation(
             f"selected_attention log-sum-exp bf16 dim {dim}",
@@ -259,6 +285,16 @@ def _compilations(target: Target) -> Iterator[Compilation]:
             BLOCK_DIM=padded(dim),
             BLOCK_VALUE=padded(1),
         )
+
+
+def _overlay_compilation(dim: int, target: Target) -> Compilation:
+    constants = {"DIM": dim, "BLOCK_DIM": padded(dim), "BLOCK_ROWS": OVERLAY_ROWS, "s_column": 1, "f_column": 1}
+    types = {"states": "*bf16", "fresh": "*bf16", "rows": "*i64"}
+    types |= {name: "i32" for name in overlay_kernel.arg_names if name not in {*types, *constants}}
+    warps = OVERLAY_THREADS // target.warp_size
+    return Compilation(
+        f"selected_attention overlay bf16 dim {dim}", overlay_kernel, types, constants, warps, 3, matmul=False
+    )
 
 
 def compilation(

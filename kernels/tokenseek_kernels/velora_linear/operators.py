@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from tokenseek_kernels.custom_op import custom_op
 from tokenseek_kernels.lean_norm.reference import compute_dtype
 from tokenseek_kernels.velora_linear import triton
 
 
-@torch.library.custom_op("tokenseek::compress", mutates_args=())
+@custom_op("tokenseek::compress")
 def compress(x: Tensor, directions: Tensor, size: int) -> Tensor:
     """`(..., width)` -> `(..., groups * rank)`, in the dtype of x."""
     return triton.compress(x, directions, size)
@@ -18,7 +19,7 @@ def _(x, directions, size):
     return triton.empty_compressed(x, directions, size, x.dtype)
 
 
-@torch.library.custom_op("tokenseek::rms_norm_compress", mutates_args=())
+@custom_op("tokenseek::rms_norm_compress")
 def rms_norm_compress(
     x: Tensor,
     weight: Tensor | None,
@@ -40,7 +41,7 @@ def _(x, weight, eps, offset, cast_before_weight, dtype, directions, size, z_dty
     return x.new_empty(x.shape, dtype=dtype), triton.empty_compressed(x, directions, size, z_dtype), rstd
 
 
-@torch.library.custom_op("tokenseek::gated_activation_compress", mutates_args=())
+@custom_op("tokenseek::gated_activation_compress")
 def gated_activation_compress(
     gate: Tensor, up: Tensor | None, activation: str, directions: Tensor, size: int, z_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
