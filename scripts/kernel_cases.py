@@ -116,6 +116,8 @@ def _flex_attention(states: list[Tensor], rows: Tensor, n: int) -> Contender:
     def seen(batch, head, query, key):
         return key <= rows[0, query]
 
+    # its backward runs more than once over one forward
+    torch._functorch.config.donated_buffer = False
     mask = create_block_mask(seen, None, None, rows.shape[1], n, device=rows.device, _compile=True)
     compiled = torch.compile(flex_attention)
     return Contender(

@@ -176,7 +176,9 @@ def weighted(
     if CAST_BEFORE_WEIGHT:
         normed = normed.to(DTYPE).to(normed.dtype)
     if p_weight is not None:
-        scale = tl.load(p_weight + columns, mask=inside, other=0.0).to(normed.dtype) + OFFSET
+        scale = tl.load(p_weight + columns, mask=inside, other=0.0).to(normed.dtype)
+        if OFFSET != 0:
+            scale += OFFSET
         if CAST_BEFORE_WEIGHT:
             scale = scale.to(p_weight.dtype.element_ty).to(normed.dtype)
         normed *= scale
