@@ -4,6 +4,8 @@ __version__ = "0.1.0"
 
 # Where each public name lives; imported on first use, so that `import hf_tokenseek` needs torch only when used.
 _HOMES = {
+    "IstCallback": "callbacks",
+    "IstConfig": "ist",
     "LeanCallback": "callbacks",
     "MemoryCallback": "callbacks",
     "SeekCallback": "callbacks",
@@ -18,6 +20,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "IstCallback",
+    "IstConfig",
     "LeanCallback",
     "MemoryCallback",
     "SeekCallback",

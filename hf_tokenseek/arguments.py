@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .ist import IstConfig
 from .method_config import MethodConfig
 from .seek import SeekConfig
 from .velora import VeloraConfig
@@ -21,11 +22,13 @@ class MethodArguments:
             `true` / `false`. `None` and `false` turn it off: plain training.
         velora ([`VeloraConfig`], `dict` or `str`, *optional*, defaults to `"false"`):
             VeLoRA's configuration, likewise; off by default.
+        ist ([`IstConfig`], `dict` or `str`, *optional*, defaults to `"false"`):
+            Sparse tuning's configuration, likewise; off by default.
         lean (`bool`, *optional*, defaults to `False`):
             Swap norms, MLPs and LoRA layers for exact ones that save less for backward.
 
     Raises:
-        ValueError: a field of `seek` or `velora` is unknown or outside its allowed set.
+        ValueError: a field of a configuration is unknown or outside its allowed set.
     """
 
     # the command line takes strings only, so the type is the one that HfArgumentParser can fill
@@ -39,6 +42,11 @@ class MethodArguments:
         metadata={"help": "VeLoRA's configuration as JSON, e.g. '{\"groups\": 32}', or true / false."},
     )
 
+    ist: str | None = field(
+        default="false",
+        metadata={"help": "Sparse tuning's configuration as JSON, e.g. '{\"layers\": 0.25}', or true / false."},
+    )
+
     lean: bool = field(
         default=False,
         metadata={"help": "Swap norms, MLPs and LoRA layers for exact ones that save less for backward."},
@@ -46,6 +54,7 @@ class MethodArguments:
 
     def __post_init__(self):
         self.seek, self.velora = SeekConfig.parse(self.seek), VeloraConfig.parse(self.velora)
+        self.ist = IstConfig.parse(self.ist)
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,9 +75,11 @@ class TokenSeekArguments(MethodArguments, TrainingArguments):
             TokenSeek's configuration; `None` and `false` turn it off.
         velora ([`VeloraConfig`], `dict` or `str`, *optional*, defaults to `"false"`):
             VeLoRA's configuration, likewise; off by default.
+        ist ([`IstConfig`], `dict` or `str`, *optional*, defaults to `"false"`):
+            Sparse tuning's configuration, likewise; off by default.
         lean (`bool`, *optional*, defaults to `False`):
             Swap norms, MLPs and LoRA layers for exact ones that save less for backward.
 
     Raises:
-        ValueError: a field of `seek` or `velora` is unknown or outside its allowed set.
+        ValueError: a field of a configuration is unknown or outside its allowed set.
     """

@@ -115,10 +115,11 @@ class Attachment:
         seek ([`SeekHandle`], *optional*): the attached TokenSeek.
         lean ([`LeanHandle`], *optional*): the lean layers.
         velora ([`VeloraHandle`], *optional*): the attached VeLoRA.
+        ist ([`IstHandle`], *optional*): the attached sparse tuning.
     """
 
-    def __init__(self, seek=None, lean=None, velora=None):
-        self.seek, self.lean, self.velora = seek, lean, velora
+    def __init__(self, seek=None, lean=None, velora=None, ist=None):
+        self.seek, self.lean, self.velora, self.ist = seek, lean, velora, ist
 
     @property
     def selection(self):
@@ -142,7 +143,7 @@ class Attachment:
             handle.undo()
 
     def _handles(self) -> list:
-        return [handle for handle in (self.seek, self.lean, self.velora) if handle is not None]
+        return [handle for handle in (self.seek, self.lean, self.velora, self.ist) if handle is not None]
 
     def __enter__(self) -> "Attachment":
         return self
@@ -151,7 +152,7 @@ class Attachment:
         self.undo()
 
 
-def attach(model: nn.Module, *, seek=None, velora=None, lean: bool = False) -> Attachment:
+def attach(model: nn.Module, *, seek=None, velora=None, ist=None, lean: bool = False) -> Attachment:
     """
     Attaches methods to a model for plain training loops.
 
@@ -170,6 +171,9 @@ def attach(model: nn.Module, *, seek=None, velora=None, lean: bool = False) -> A
         velora ([`VeloraConfig`], `dict` or `bool`, *optional*):
             VeLoRA's configuration; `True` for the defaults. With `compressed_state`, hand the model's trained
             parameters to [`~velora.VeloraAdamW`] afterwards.
+        ist ([`IstConfig`], `dict` or `bool`, *optional*):
+            Sparse tuning's configuration; `True` for the defaults. Build the optimizer afterwards, hand it over with
+            `handle.ist.manage(optimizer)`, and call `handle.ist.begin_step(step)` before each of its steps.
         lean (`bool`, *optional*, defaults to `False`):
             Swap norms, MLPs and LoRA layers for exact ones that save less.
 
@@ -179,15 +183,17 @@ def attach(model: nn.Module, *, seek=None, velora=None, lean: bool = False) -> A
     Raises:
         ValueError: nothing is to be attached, the model is not supported, or it is attached already.
     """
+    from .ist import IstConfig
+    from .ist.attach import IstHandle
     from .lean import LeanHandle
     from .seek import SeekConfig
     from .seek.attach import SeekHandle
     from .velora import VeloraConfig
     from .velora.attach import VeloraHandle
 
-    config, velora_config = SeekConfig.parse(seek), VeloraConfig.parse(velora)
-    if config is None and velora_config is None and not lean:
-        raise ValueError("attach() got no method to attach. Pass seek=True, velora=True or lean=True.")
+    config, velora_config, ist_config = SeekConfig.parse(seek), VeloraConfig.parse(velora), IstConfig.parse(ist)
+    if config is None and velora_config is None and ist_config is None and not lean:
+        raise ValueError("attach() got no method to attach. Pass seek=True, velora=True, ist=True or lean=True.")
     attached = Attachment()
     try:
         if config is not None:
@@ -196,6 +202,8 @@ def attach(model: nn.Module, *, seek=None, velora=None, lean: bool = False) -> A
             attached.lean = LeanHandle(model)
         if velora_config is not None:
             attached.velora = VeloraHandle(model, velora_config)
+        if ist_config is not None:
+            attached.ist = IstHandle(model, ist_config)
     except ValueError:
         attached.undo()
         raise

@@ -28,11 +28,13 @@ class TokenSeekSFTConfig(MethodArguments, SFTConfig):
             TokenSeek's configuration; `None` and `false` turn it off.
         velora ([`VeloraConfig`], `dict` or `str`, *optional*, defaults to `"false"`):
             VeLoRA's configuration, likewise; off by default.
+        ist ([`IstConfig`], `dict` or `str`, *optional*, defaults to `"false"`):
+            Sparse tuning's configuration, likewise; off by default.
         lean (`bool`, *optional*, defaults to `False`):
             Swap norms, MLPs and LoRA layers for exact ones that save less for backward.
 
     Raises:
-        ValueError: a field of `seek` or `velora` is unknown or outside its allowed set.
+        ValueError: a field of a configuration is unknown or outside its allowed set.
     """
 
 
@@ -41,7 +43,7 @@ class TokenSeekSFTTrainer(TokenSeekMixin, SFTTrainer):
     Drop-in for [`~trl.SFTTrainer`]: the same fine-tuning with a fraction of the activation memory.
 
     Takes what `SFTTrainer` takes. With plain [`~trl.SFTConfig`] TokenSeek is on with its defaults; with
-    [`TokenSeekSFTConfig`] the fields `seek`, `velora` and `lean` decide. trl's own metrics (`entropy`,
+    [`TokenSeekSFTConfig`] the fields `seek`, `velora`, `ist` and `lean` decide. trl's own metrics (`entropy`,
     `mean_token_accuracy`) are those of the tokens that were trained; `seek/...`, `memory/...` and `speed/...` are
     logged beside them.
 

@@ -5,7 +5,15 @@ from dataclasses import asdict
 import torch
 from transformers import Trainer
 
-from .callbacks import LeanCallback, LoggedMetrics, MemoryCallback, SeekCallback, VeloraCallback
+from .callbacks import (
+    IstCallback,
+    LeanCallback,
+    LoggedMetrics,
+    MemoryCallback,
+    SeekCallback,
+    StatefulCallback,
+    VeloraCallback,
+)
 from .model_card import write_model_card
 from .seek import SeekConfig
 from .velora import VeloraAdamW
@@ -27,9 +35,10 @@ class TokenSeekMixin:
             callbacks.append(SeekCallback(seek))
         if getattr(args, "lean", False) and not any(isinstance(c, LeanCallback) for c in callbacks):
             callbacks.append(LeanCallback())
-        velora = getattr(args, "velora", None)
-        if velora is not None and not any(isinstance(c, VeloraCallback) for c in callbacks):
-            callbacks.append(VeloraCallback(velora))
+        for name, kind in (("velora", VeloraCallback), ("ist", IstCallback)):
+            config = getattr(args, name, None)
+            if config is not None and not any(isinstance(c, kind) for c in callbacks):
+                callbacks.append(kind(config))
         if not any(isinstance(c, MemoryCallback) for c in callbacks):
             callbacks.append(MemoryCallback())
         super().__init__(model, args, *positional, callbacks=callbacks, compute_loss_func=compute_loss_func, **kwargs)
@@ -58,20 +67,21 @@ class TokenSeekMixin:
         return super().create_optimizer(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As in [`~transformers.Trainer`]; VeLoRA's directions come from where the run is resumed from."""
-        velora = self._callback(VeloraCallback)
-        if velora is not None:
-            # `True` is the last checkpoint in `output_dir`, which the callback finds
-            velora.checkpoint = None if isinstance(resume_from_checkpoint, bool) else resume_from_checkpoint
+        """As in [`~transformers.Trainer`]; the methods' states come from where the run is resumed from."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, StatefulCallback):
+                # `True` is the last checkpoint in `output_dir`, which the callback finds
+                callback.checkpoint = None if isinstance(resume_from_checkpoint, bool) else resume_from_checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Saves as ever, and says in the model card how the weights were trained."""
         super()._save(output_dir, state_dict)
-        seek, velora = (self._callback(kind) for kind in (SeekCallback, VeloraCallback))
+        seek, velora, ist = (self._callback(kind) for kind in (SeekCallback, VeloraCallback, IstCallback))
         methods = {
             "seek": None if seek is None else asdict(seek.handle.config),
             "velora": None if velora is None else asdict(velora.config),
+            "ist": None if ist is None else asdict(ist.config),
             "lean": self._callback(LeanCallback) is not None,
         }
         if any(methods.values()):
@@ -97,8 +107,8 @@ class TokenSeekTrainer(TokenSeekMixin, Trainer):
     Drop-in for [`~transformers.Trainer`]: the same model, trained with a fraction of the activation memory.
 
     Takes what `Trainer` takes. With plain `TrainingArguments` TokenSeek is on with its defaults; with
-    [`TokenSeekArguments`] the fields `seek`, `velora` and `lean` decide. Logs `seek/...`, `velora/...`, `memory/...`
-    and `speed/...`.
+    [`TokenSeekArguments`] the fields `seek`, `velora`, `ist` and `lean` decide. Logs `seek/...`, `velora/...`,
+    `ist/...`, `memory/...` and `speed/...`.
 
     ```python
     trainer = TokenSeekTrainer(model, args=TokenSeekArguments(output_dir="out", seek={"context": 0.2}), ...)

@@ -1,19 +1,14 @@
 """VeLoRA in any `Trainer`, as a callback."""
 
-from pathlib import Path
-
-import torch
 from torch import nn
 
 from ..velora import VeloraAdamW, VeloraConfig
 from ..velora.attach import VeloraHandle
 from ..velora.refusals import refuse_arguments
-from .logging import LoggedMetrics
-
-STATE_FILE = "velora.pt"
+from .stateful import StatefulCallback
 
 
-class VeloraCallback(LoggedMetrics):
+class VeloraCallback(StatefulCallback):
     """
     Trains with VeLoRA in any `Trainer`: linear layers keep a few numbers a token of their input.
 
@@ -28,21 +23,17 @@ class VeloraCallback(LoggedMetrics):
     Args:
         config ([`VeloraConfig`], `dict` or `bool`, *optional*): what to compress; defaults to `VeloraConfig()`.
 
-    Attributes:
-        checkpoint (`str` or `Path`, *optional*):
-            Folder that a run is resumed from. [`TokenSeekTrainer`] sets it; else it is the checkpoint of the resumed
-            step in `output_dir`.
-
     Raises:
         ValueError: the model, its layers or a training argument is not supported, by name.
     """
+
+    state_file, method = "velora.pt", "VeLoRA"
 
     def __init__(self, config: VeloraConfig | dict | bool | None = None):
         self.config = VeloraConfig() if config is None else VeloraConfig.parse(config)
         if self.config is None:
             raise ValueError("VeloraCallback was told to be off. Leave it out of `callbacks` instead.")
         self.handle: VeloraHandle | None = None
-        self.checkpoint: str | Path | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
         refuse_arguments(args, self.config)
@@ -54,8 +45,7 @@ class VeloraCallback(LoggedMetrics):
             if self.config.compressed_state:
                 check_optimizer(optimizer, self.handle)
             if state.global_step:
-                folder = self.checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                self.handle.load_state_dict(read_state(Path(folder)))
+                self.handle.load_state_dict(self.read_state(args, state))
         except ValueError:
             self._detach()
             raise
@@ -68,11 +58,7 @@ class VeloraCallback(LoggedMetrics):
         self.handle.begin_step(state.global_step)
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.should_save and folder.is_dir():
-            scratch = folder / f"{STATE_FILE}.tmp"
-            torch.save(self.handle.state_dict(), scratch)
-            scratch.replace(folder / STATE_FILE)
+        self.write_state(args, state, self.handle.state_dict())
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self._detach()
@@ -97,25 +83,6 @@ class VeloraCallback(LoggedMetrics):
     def _detach(self) -> None:
         self.handle.undo()
         self.handle = None
-
-
-def read_state(folder: Path) -> dict:
-    """
-    VeLoRA's state in a checkpoint.
-
-    Raises:
-        ValueError: the file is missing or cannot be read.
-    """
-    file = folder / STATE_FILE
-    if not file.is_file():
-        raise ValueError(
-            f"{folder} has no {STATE_FILE}: it was saved without VeLoRA, or the run was killed while it was saved. "
-            "Resume from an older checkpoint, or turn VeLoRA off."
-        )
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a torn file makes torch raise
-        raise ValueError(f"{file} cannot be read ({error}). Resume from an older checkpoint.") from error
 
 
 def check_optimizer(optimizer, handle: VeloraHandle) -> None:

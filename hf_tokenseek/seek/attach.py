@@ -2,12 +2,11 @@
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from ..forwarding import autocast, mixed_precision, named_inputs
 from ..parameters import trained_share
 from ..patching import PatchedForward, find_causal_lm, leads_to
 from .adapters import check_adapters
@@ -135,18 +134,17 @@ class SeekHandle:
 
     def _patch_forward(self) -> None:
         self.patch = PatchedForward(self.model, self._train_forward)
-        self.autocast = _mixed_precision(self.model)
+        self.autocast = mixed_precision(self.model)
 
     # a compiled model trains the same, this forward uncompiled
     @torch.compiler.disable
     def _train_forward(self, original: Callable, args: tuple, kwargs: dict):
-        named = dict(self.signature.bind(*args, **kwargs).arguments)
-        further = named.pop("kwargs", {})
-        fused = original if further.pop("fused_lm_head", False) else None
+        named = named_inputs(self.signature, args, kwargs)
+        fused = original if named.pop("fused_lm_head", False) else None
         self._running = True
         try:
-            with nullcontext() if self.autocast is None else torch.autocast(self.model.device.type, self.autocast):
-                return self.train_forward(fused=fused, **named, **further)
+            with autocast(self.model.device, self.autocast):
+                return self.train_forward(fused=fused, **named)
         finally:
             self._running = False
 
@@ -163,10 +161,3 @@ class SeekHandle:
                 )
 
         return self.decoder.backbone.register_forward_pre_hook(guard, with_kwargs=True)
-
-
-def _mixed_precision(model: nn.Module) -> torch.dtype | None:
-    """The dtype of accelerate's autocast if it has wrapped this instance's forward: a later patch is outside of it."""
-    if "_original_forward" not in vars(model):
-        return None
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(AcceleratorState().mixed_precision)

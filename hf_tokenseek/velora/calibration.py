@@ -7,11 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..forwarding import decoder_inputs, named_inputs
 from ..patching import evaluating
 from .inputs import Input
-
-# what decides about hidden states; labels and options of the output do not
-_TAKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 
 
 def mean_inputs(model: nn.Module, units: Iterable[Input], signature: inspect.Signature, args: tuple, kwargs: dict):
@@ -30,9 +28,7 @@ def mean_inputs(model: nn.Module, units: Iterable[Input], signature: inspect.Sig
     Raises:
         ValueError: the rows of an input are not the batch's tokens.
     """
-    given = dict(signature.bind(*args, **kwargs).arguments)
-    given |= given.pop("kwargs", {})
-    inputs = {name: given[name] for name in _TAKEN if given.get(name) is not None}
+    inputs = decoder_inputs(named_inputs(signature, args, kwargs))
     tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"][..., 0]
     real = inputs.get("attention_mask")
     real = real.bool() if isinstance(real, Tensor) and real.shape == tokens.shape else torch.ones_like(tokens) > 0

@@ -1,0 +1,88 @@
+"""Sparse tuning in any `Trainer`, as a callback."""
+
+from torch import nn
+
+from ..ist import IstConfig
+from ..ist.attach import IstHandle
+from ..ist.refusals import prepare_arguments
+from .stateful import StatefulCallback
+
+
+class IstCallback(StatefulCallback):
+    """
+    Trains a few layers at a time in any `Trainer`: IST, LISA and relatives.
+
+    ```python
+    trainer = Trainer(model, args, train_dataset=dataset, callbacks=[IstCallback(IstConfig(layers=0.25))])
+    ```
+
+    Layers change at the beginning of an optimizer step. Each checkpoint gets a file `ist.pt` (importance, active
+    layers, history, offloaded state), from which a resumed run goes on exactly. Logs `ist/lowest_layer`,
+    `ist/gradient_predicted_mib`, `ist/optimizer_predicted_mib` (of AdamW), `ist/optimizer_mib` and `ist/probe_share`;
+    when training ends, the layers' importance and who trained when are printed.
+
+    Args:
+        config ([`IstConfig`], `dict` or `bool`, *optional*): how many layers and which; defaults to `IstConfig()`.
+
+    Raises:
+        ValueError: the model or a training argument is not supported, by name.
+    """
+
+    state_file, method = "ist.pt", "sparse tuning"
+
+    def __init__(self, config: IstConfig | dict | bool | None = None):
+        self.config = IstConfig() if config is None else IstConfig.parse(config)
+        if self.config is None:
+            raise ValueError("IstCallback was told to be off. Leave it out of `callbacks` instead.")
+        self.handle: IstHandle | None = None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
+        prepare_arguments(args, self.config)
+        self.attach(model)
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        self.attach(model)
+        try:
+            self.handle.manage(optimizer)
+            if state.global_step:
+                self.handle.load_state_dict(self.read_state(args, state))
+        except ValueError:
+            self._detach()
+            raise
+        if state.is_local_process_zero:
+            print(self.handle.swapped(), flush=True)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.handle.begin_step(state.global_step)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.handle.observe_gradients()
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self.write_state(args, state, self.handle.state_dict())
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if state.is_local_process_zero:
+            print(self.handle.report(), flush=True)
+        self._detach()
+
+    def metrics(self, reset: bool = True) -> dict[str, float]:
+        """
+        What trains now and what it takes, and what learning has cost since the last call with `reset`.
+
+        Args:
+            reset (`bool`, *optional*, defaults to `True`): whether the next call starts from here.
+        """
+        return {} if self.handle is None else self.handle.metrics(reset)
+
+    def attach(self, model: nn.Module) -> None:
+        """Puts gates on the layers of `model`, unless they are there."""
+        # `model_init` makes another model than the one that `__init__` has seen
+        if self.handle is not None and self.handle.attached_to is not model:
+            self._detach()
+        if self.handle is None:
+            self.handle = IstHandle(model, self.config)
+
+    def _detach(self) -> None:
+        self.handle.undo()
+        self.handle = None
