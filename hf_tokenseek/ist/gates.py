@@ -12,8 +12,8 @@ class Gate:
     Stands in front of one decoder layer's forward.
 
     Parameters keep `requires_grad` for everybody who looks at them between forwards (optimizers, DDP, FSDP); only
-    while an idle layer runs do they not ask for a gradient, so that autograd saves nothing for them. Recomputation
-    under gradient checkpointing comes through here as well.
+    while an idle layer runs, also again under gradient checkpointing, do they not ask for a gradient, so that autograd
+    saves nothing for them.
 
     Args:
         layer (`nn.Module`): the decoder layer; its instance gets another `forward`.
@@ -37,8 +37,29 @@ class Gate:
         if self.cut and not _is_reentrant(self.layer):
             with torch.no_grad():
                 return self.original(*args, **kwargs)
-        with frozen(self.layer):
+        with frozen(self.layer), self._frozen_recomputation():
             return self.original(*args, **kwargs)
+
+    @contextmanager
+    def _frozen_recomputation(self) -> Iterator[None]:
+        """Some versions of transformers checkpoint inside of the layer's forward: what runs again is frozen as well."""
+        checkpoint = vars(self.layer).get("_gradient_checkpointing_func")
+        if checkpoint is None:
+            yield
+            return
+
+        def checkpoint_frozen(function: Callable, *args, **kwargs):
+            def run(*args, **kwargs):
+                with frozen(self.layer):
+                    return function(*args, **kwargs)
+
+            return checkpoint(run, *args, **kwargs)
+
+        self.layer._gradient_checkpointing_func = checkpoint_frozen
+        try:
+            yield
+        finally:
+            self.layer._gradient_checkpointing_func = checkpoint
 
     def undo(self) -> None:
         """Gives the layer its forward back."""

@@ -19,7 +19,8 @@ def is_lora(module: nn.Module) -> bool:
 
 def plain_adapters(module: nn.Module) -> list[str] | None:
     """Names of the adapters that `module` adds now, or `None` if it does anything else than add plain LoRA."""
-    if not hasattr(module, "lora_A") or module.disable_adapters or module.merged:
+    # whoever has put another forward in front of this instance wants it to be called
+    if not hasattr(module, "lora_A") or module.disable_adapters or module.merged or "forward" in vars(module):
         return None
     active = [name for name in module.active_adapters if name in module.lora_A]
     # VeLoRA's A keeps less of the input than our function would

@@ -31,7 +31,7 @@ KINDS = {
     "lora": lambda: get_peft_model(deep_llama(), lora(lora_dropout=0.0)),
     "dora": lambda: get_peft_model(deep_llama(), lora(use_dora=True)),
 }
-SEEK, VELORA = {"context": 0.3, "plain_fallback": False}, {"groups": 4, "projector": "random"}
+SEEK, VELORA = {"context": 0.3, "plain_fallback": False}, {"groups": 4, "inputs": ["attention", "down"]}
 MODES = {
     "seek": {"seek": SEEK},
     "lean": {"lean": True},
