@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from recipes.sft import main
-from tests.distributed.launching import STEPS, VELORA
+from tests.distributed.launching import IST, STEPS, VELORA
 from tests.tiny_folder import save_tiny_model
 
 
@@ -41,13 +41,14 @@ def one_process(options):
 
 
 @pytest.fixture(scope="session")
-def one_velora_process(options):
-    """Folder of a run with VeLoRA that two ranks have to equal: its micro-batches are those of both."""
+def one_method_process(options):
+    """Folder of a run with VeLoRA or sparse tuning that two ranks equal: its micro-batches are those of both."""
 
     def run(config: str) -> Path:
         if (folder := options.folder / f"one_{config}").exists():
             return folder
-        main(options(folder.name, 2, "--per_device_train_batch_size", "4", "--save_strategy", "no", *VELORA[config]))
+        own = {**VELORA, **IST}[config]
+        main(options(folder.name, 2, "--per_device_train_batch_size", "4", "--save_strategy", "no", *own))
         return folder
 
     return run

@@ -20,6 +20,13 @@ VELORA = {
     "compressed": ("--seek", "false", "--velora", '{"groups": 8, "compressed_state": true, "refresh_steps": 2}'),
 }
 
+# layers change in the last step, which is the one after the checkpoint; importance is learned just before
+IST = {
+    "ist": ("--seek", "false", "--ist", '{"layers": 0.34, "period": 2, "score_steps": 1, "beta": 0}'),
+    "random": ("--ist", '{"layers": 0.34, "policy": "random", "period": 1, "seed": 3}'),
+    "gradient_norm": ("--seek", "false", "--ist", '{"layers": 0.34, "policy": "gradient_norm", "period": 1}'),
+}
+
 
 def needs_compiler(strategy: str) -> pytest.MarkDecorator:
     """DeepSpeed compiles its communication for CPUs."""

@@ -24,7 +24,7 @@ plain_init = AcceleratorState.__init__
 def observed_train(self, *args, **kwargs):
     """Trains, and writes what was trained by what."""
     attached = [callback.handle for callback in self.callback_handler.callbacks if hasattr(callback, "handle")]
-    answer = plain_train(self, *args, **kwargs)
+    answer = plain_train(self, *args, **kwargs)  # callbacks let go of their handles
     seen = {
         "world_size": self.args.world_size,
         "distributed_type": self.accelerator.distributed_type.value,
@@ -36,6 +36,7 @@ def observed_train(self, *args, **kwargs):
         "losses": [entry["loss"] for entry in self.state.log_history if "loss" in entry],
         "plain_shares": [entry.get("seek/plain_share") for entry in self.state.log_history if "loss" in entry],
         "directions": _directions(attached),
+        "layers": _layers(attached),
     }
     Path(os.environ["OBSERVED"], f"{self.args.process_index}.json").write_text(json.dumps(seen))
     return answer
@@ -47,6 +48,14 @@ def _directions(attached: list) -> str | None:
         if hasattr(handle, "inputs"):
             drawn = [compressed.projector.directions.cpu().numpy().tobytes() for compressed in handle.inputs.values()]
             return hashlib.sha256(b"".join(drawn)).hexdigest()
+    return None
+
+
+def _layers(attached: list) -> list | None:
+    """Who trained when, and the importance of layers, to the bit."""
+    for handle in attached:
+        if hasattr(handle, "history"):
+            return [handle.history, handle.policy.state_dict()["importance"]]
     return None
 
 

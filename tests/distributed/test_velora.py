@@ -16,13 +16,13 @@ CASES = [
 
 
 @pytest.mark.parametrize("strategy, config, resume", [pytest.param(*c, marks=needs_compiler(c[0])) for c in CASES])
-def test_two_ranks_equal_one_process_and_resume(strategy, config, resume, options, one_velora_process):
+def test_two_ranks_equal_one_process_and_resume(strategy, config, resume, options, one_method_process):
     folder, name = options.folder, f"{strategy}_{config}"
     whole = options(name, 2, "--save_strategy", "steps" if resume else "no", *VELORA[config])
     seen = launch(strategy, RECIPE, whole, folder / f"{name}_seen")
     for rank in seen:
         assert_is(rank, STRATEGIES[strategy])
-    expected = assert_same_run(folder / name, one_velora_process(config))
+    expected = assert_same_run(folder / name, one_method_process(config))
 
     if resume:
         more = "--resume_from_checkpoint", str(folder / name / "checkpoint-2"), "--save_strategy", "no"
