@@ -113,7 +113,7 @@ class IstHandle:
         for name in self._frozen:
             parameters[name].requires_grad_(True)
         if self.keeper is not None:
-            self.keeper.select(list(self.keeper.offloaded))
+            self.keeper.close()
 
     def trained_bytes(self, layers: Iterable[int] | None = None) -> int:
         """Bytes of all weights that train in a period, by default the present one; those outside of layers too."""
@@ -196,6 +196,10 @@ class IstHandle:
         self._scored_step = state["scored_step"]
         self.history = [(step, list(layers)) for step, layers in state["history"]]
         self._activate(self.history[-1][1], state["probabilities"])
+        if self.keeper is not None and self.config.state == "free":
+            # sharded checkpoints hold zeros in place of what is missing
+            idle = set(self.trained) - set(self.active)
+            self.keeper.deselect(p for index in idle for p in trained_parameters(self.layers[index]))
 
     def _draw(self) -> None:
         drawn, chances = self.policy.draw(self.step)

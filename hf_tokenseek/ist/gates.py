@@ -42,7 +42,7 @@ class Gate:
 
     @contextmanager
     def _frozen_recomputation(self) -> Iterator[None]:
-        """Some versions of transformers checkpoint inside of the layer's forward: what runs again is frozen as well."""
+        """Some versions of transformers checkpoint inside of a layer's forward: what runs again is frozen as well."""
         checkpoint = vars(self.layer).get("_gradient_checkpointing_func")
         if checkpoint is None:
             yield
