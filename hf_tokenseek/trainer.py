@@ -14,6 +14,7 @@ from .callbacks import (
     StatefulCallback,
     VeloraCallback,
 )
+from .ist.zero import group_by_layer
 from .model_card import write_model_card
 from .seek import SeekConfig
 from .velora import VeloraAdamW
@@ -57,14 +58,19 @@ class TokenSeekMixin:
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
-        """The optimizer that the arguments name; with compressed states the AdamW that knows them."""
+        """The optimizer that the arguments name, as the methods need it."""
         velora = self._callback(VeloraCallback)
         if velora is not None and velora.config.compressed_state:
             # `model_init` has made another model since
             velora.attach(self.model)
             if self.optimizer_cls_and_kwargs is None:
                 self.optimizer_cls_and_kwargs = self._velora_adamw(velora.config.moments)
-        return super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        ist = self._callback(IstCallback)
+        if ist is not None and self.is_deepspeed_enabled:
+            ist.attach(self.model)
+            group_by_layer(optimizer, ist.handle.layers)
+        return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in [`~transformers.Trainer`]; the methods' states come from where the run is resumed from."""

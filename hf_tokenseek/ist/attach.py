@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 from ..forwarding import autocast, mixed_precision, named_inputs
+from ..parameters import numel_of
 from ..patching import find_causal_lm, find_layers
 from ..seek.ranks import mean_over_ranks
 from .config import LEARNED, IstConfig
 from .gates import Gate, trained_parameters, tuners
-from .optimizer_state import StateKeeper
+from .optimizer_state import StateKeeper, keeper_of
 from .policies import Policy
 from .suppression import Prober
 from .telemetry import Telemetry, heat_map
+from .zero import ZeroStateKeeper
 
 STATE_VERSION = 1
 # children of a backbone that come after its layers
@@ -53,7 +55,7 @@ class IstHandle:
         check_layers(self.model, self.layers, self.trained, config)
         self.policy = Policy(config, len(self.trained))
         self.telemetry, self.history = Telemetry(), []
-        self.keeper: StateKeeper | None = None
+        self.keeper: StateKeeper | ZeroStateKeeper | None = None
         self.step, self._scored_step = 0, 0
         self._frozen = self._freeze_outside()
         self._gates = [Gate(layer) for layer in self.layers]
@@ -70,6 +72,8 @@ class IstHandle:
         self.step = step
         if step // self.config.period != self.history[-1][0] // self.config.period:
             self._draw()
+        if self.keeper is not None:
+            self.keeper.begin_step()
 
     def manage(self, optimizer) -> None:
         """
@@ -79,10 +83,10 @@ class IstHandle:
             optimizer (`torch.optim.Optimizer`): has the parameters of all layers.
 
         Raises:
-            ValueError: it misses a layer, whose weights would never train.
+            ValueError: it misses a layer, whose weights would never train, or DeepSpeed has flattened layers together.
         """
-        self.keeper = StateKeeper(optimizer, self.config.state)
-        known = {id(p) for group in self.keeper.optimizer.param_groups for p in group["params"]}
+        self.keeper = keeper_of(optimizer, self.config.state)
+        known = self.keeper.known
         for index in self.trained:
             if any(id(p) not in known for p in trained_parameters(self.layers[index])):
                 raise ValueError(
@@ -90,6 +94,8 @@ class IstHandle:
                     "first and build the optimizer from the parameters that ask for a gradient; to train again, build "
                     "a new trainer."
                 )
+        self.keeper.check(trained_parameters(self.layers[index]) for index in self.trained)
+        self._activate(self.active, self._probabilities)
 
     def observe_gradients(self) -> None:
         """Looks at the gradients before they are used, for the policy that goes by their norms."""
@@ -118,8 +124,8 @@ class IstHandle:
     def trained_bytes(self, layers: Iterable[int] | None = None) -> int:
         """Bytes of all weights that train in a period, by default the present one; those outside of layers too."""
         own = self.active if layers is None else layers
-        inside = sum(p.nbytes for index in own for p in trained_parameters(self.layers[index]))
-        return inside + sum(p.nbytes for p in self._outside() if p.requires_grad)
+        outside = [p for p in self._outside() if p.requires_grad]
+        return sum(numel_of(p) * p.element_size() for p in [*self._parameters_of(own), *outside])
 
     def metrics(self, reset: bool = True) -> dict[str, float]:
         """What is trained now, and the figures of [`Telemetry`]."""
@@ -198,27 +204,31 @@ class IstHandle:
         self._activate(self.history[-1][1], state["probabilities"])
         if self.keeper is not None and self.config.state == "free":
             # sharded checkpoints hold zeros in place of what is missing
-            idle = set(self.trained) - set(self.active)
-            self.keeper.deselect(p for index in idle for p in trained_parameters(self.layers[index]))
+            self.keeper.deselect(self._parameters_of(set(self.trained) - set(self.active)))
 
     def _draw(self) -> None:
         drawn, chances = self.policy.draw(self.step)
         layers = [self.trained[k] for k in drawn]
         leaving, joining = set(self.active) - set(layers), set(layers) - set(self.active)
-        gone = [p for index in sorted(leaving) for p in trained_parameters(self.layers[index])]
+        gone = self._parameters_of(leaving)
         for parameter in gone:
             parameter.grad = None
         if self.keeper is not None:
             self.keeper.deselect(gone)
-            self.keeper.select([p for index in sorted(joining) for p in trained_parameters(self.layers[index])])
+            self.keeper.select(self._parameters_of(joining))
         self.history.append((self.step, layers))
         self._activate(layers, chances)
+
+    def _parameters_of(self, layers: Iterable[int]) -> list[nn.Parameter]:
+        return [parameter for index in sorted(layers) for parameter in trained_parameters(self.layers[index])]
 
     def _activate(self, layers: list[int], probabilities: list[float]) -> None:
         self.active, self._probabilities = layers, probabilities
         for index, gate in enumerate(self._gates):
             gate.idle = index not in layers
             gate.cut = not self._below_trains and index < layers[0]
+        if self.keeper is not None:
+            self.keeper.hold(self._parameters_of(set(self.trained) - set(layers)))
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Learns from a micro-batch that has not been trained on, once in a step that is due."""

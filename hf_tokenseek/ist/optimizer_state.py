@@ -5,6 +5,24 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .zero import ZeroStateKeeper, tensor_bytes
+
+
+def keeper_of(optimizer, policy: str) -> "StateKeeper | ZeroStateKeeper":
+    """
+    Who keeps the state of an optimizer.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): possibly inside wrappers of accelerate and DeepSpeed.
+        policy (`str`): `"free"`, `"keep"` or `"offload"`; ZeRO knows the first only.
+    """
+    while True:
+        if hasattr(optimizer, "bit16_groups") or hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            return ZeroStateKeeper(optimizer)
+        if not hasattr(optimizer, "optimizer"):
+            return StateKeeper(optimizer, policy)
+        optimizer = optimizer.optimizer
+
 
 class StateKeeper:
     """
@@ -14,13 +32,12 @@ class StateKeeper:
     transformers' Adafactor, bitsandbytes'. Step counts are per parameter there, so a freed one starts afresh.
 
     Args:
-        optimizer (`torch.optim.Optimizer`): possibly wrapped by accelerate.
+        optimizer (`torch.optim.Optimizer`): with the parameters of all layers.
         policy (`str`): `"free"`, `"keep"` or `"offload"`.
     """
 
-    def __init__(self, optimizer, policy: str):
-        self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-        self.policy = policy
+    def __init__(self, optimizer: torch.optim.Optimizer, policy: str):
+        self.optimizer, self.policy = optimizer, policy
         self.offloaded: dict[nn.Parameter, dict] = {}
         self._filled: list[nn.Parameter] = []
         self._hooks = []
@@ -30,6 +47,20 @@ class StateKeeper:
                 self.optimizer.register_state_dict_pre_hook(lambda optimizer: self._fill()),
                 self.optimizer.register_state_dict_post_hook(lambda optimizer, state: self._empty()),
             ]
+
+    @property
+    def known(self) -> set[int]:
+        """Ids of the parameters that are stepped."""
+        return {id(parameter) for parameter in self._parameters()}
+
+    def check(self, layers: Iterable[Iterable[nn.Parameter]]) -> None:
+        """Any groups of parameters will do."""
+
+    def hold(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Without a gradient they do not move anyway."""
+
+    def begin_step(self) -> None:
+        """A step begins."""
 
     def deselect(self, parameters: Iterable[nn.Parameter]) -> None:
         """They stop training."""
@@ -55,7 +86,7 @@ class StateKeeper:
 
     def bytes(self) -> int:
         """Of all tensors in the optimizer's state."""
-        return sum(t.nbytes for state in self.optimizer.state.values() for t in state.values() if _is_tensor(t))
+        return tensor_bytes(self.optimizer)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

@@ -13,7 +13,7 @@ def prepare_arguments(args: TrainingArguments, config: IstConfig) -> None:
     Refuses the arguments and the ways of sharing work that sparse tuning has not been verified with, and tells DDP
     that some parameters get no gradient.
 
-    Verified by tests/distributed: DDP and FSDP2.
+    Verified by tests/distributed: DDP, FSDP2, DeepSpeed ZeRO-1, 2 and 3.
 
     Args:
         args (`transformers.TrainingArguments`): a trainer's arguments.
@@ -35,23 +35,30 @@ def prepare_arguments(args: TrainingArguments, config: IstConfig) -> None:
         )
     if (found := split(args, state)) is not None:
         raise ValueError(f"Sparse tuning does not support {found}: it has not been verified with it. Leave it out.")
-    if state.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "Sparse tuning does not support DeepSpeed: ZeRO steps all layers in one flat buffer, with zeros for idle "
-            "ones, and their momentum would go on moving them. Use DDP or FSDP2."
-        )
-    sharded = sharding(state)
-    if sharded == "FSDP1":
+    if sharding(state) == "FSDP1":
         raise ValueError("Sparse tuning does not support version 1 of FSDP. Set `fsdp_version: 2`.")
-    for name, unsupported in (("unbiased", config.unbiased), ("state", config.state == "offload")):
-        if sharded and unsupported:
-            raise ValueError(
-                f"Sparse tuning does not support {name}={getattr(config, name)!r} under {sharded}: it reaches for "
-                f"whole parameters. Use DDP, or {'unbiased=False' if name == 'unbiased' else 'another state'}."
-            )
+    _refuse_options(config, state.distributed_type)
     if args.ddp_find_unused_parameters is False:
         raise ValueError(
             "Sparse tuning does not support ddp_find_unused_parameters=False: idle layers get no gradient. Leave it "
             "out."
         )
     args.ddp_find_unused_parameters = True
+
+
+def _refuse_options(config: IstConfig, kind: DistributedType) -> None:
+    """Options that reach for parameters, gradients or state where others keep them."""
+    refused = {
+        DistributedType.FSDP: {"unbiased": (True,), "state": ("offload",)},
+        DistributedType.DEEPSPEED: {
+            "unbiased": (True,),
+            "state": ("offload", "keep"),
+            "policy": ("gradient_norm",),
+        },
+    }
+    for name, values in refused.get(kind, {}).items():
+        if (value := getattr(config, name)) in values:
+            raise ValueError(
+                f"Sparse tuning does not support {name}={value!r} under {kind.value}, which keeps parameters, "
+                f"gradients and optimizer state its own way. Use DDP, or another value of `{name}`."
+            )

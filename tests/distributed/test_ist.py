@@ -2,14 +2,22 @@
 
 import pytest
 
-from tests.distributed.launching import IST, launch
+from tests.distributed.launching import IST, launch, needs_compiler
 from tests.distributed.test_strategies import RECIPE, STRATEGIES, assert_is, assert_same_run, losses
 
 # strategy, configuration, and whether it is also resumed
-CASES = [("ddp", "ist", True), ("ddp", "random", False), ("fsdp2", "ist", True), ("fsdp2", "gradient_norm", False)]
+CASES = [
+    ("ddp", "ist", True),
+    ("ddp", "random", False),
+    ("fsdp2", "ist", True),
+    ("fsdp2", "gradient_norm", False),
+    ("zero1", "random", False),
+    ("zero2", "ist", True),
+    ("zero3", "ist", True),
+]
 
 
-@pytest.mark.parametrize("strategy, config, resume", CASES)
+@pytest.mark.parametrize("strategy, config, resume", [pytest.param(*c, marks=needs_compiler(c[0])) for c in CASES])
 def test_two_ranks_equal_one_process_and_resume(strategy, config, resume, options, one_method_process):
     folder, name = options.folder, f"{strategy}_{config}"
     whole = options(name, 2, "--save_strategy", "steps" if resume else "no", *IST[config])
