@@ -1,7 +1,5 @@
 """Sparse tuning in any `Trainer`, as a callback."""
 
-from torch import nn
-
 from ..ist import IstConfig
 from ..ist.attach import IstHandle
 from ..ist.refusals import prepare_arguments
@@ -28,13 +26,7 @@ class IstCallback(StatefulCallback):
         ValueError: the model or a training argument is not supported, by name.
     """
 
-    state_file, method = "ist.pt", "sparse tuning"
-
-    def __init__(self, config: IstConfig | dict | bool | None = None):
-        self.config = IstConfig() if config is None else IstConfig.parse(config)
-        if self.config is None:
-            raise ValueError("IstCallback was told to be off. Leave it out of `callbacks` instead.")
-        self.handle: IstHandle | None = None
+    config_type, handle_type, state_file, method = IstConfig, IstHandle, "ist.pt", "sparse tuning"
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
         prepare_arguments(args, self.config)
@@ -47,7 +39,7 @@ class IstCallback(StatefulCallback):
             if state.global_step:
                 self.handle.load_state_dict(self.read_state(args, state))
         except ValueError:
-            self._detach()
+            self.detach()
             raise
         if state.is_local_process_zero:
             print(self.handle.swapped(), flush=True)
@@ -58,13 +50,10 @@ class IstCallback(StatefulCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         self.handle.observe_gradients()
 
-    def on_save(self, args, state, control, **kwargs) -> None:
-        self.write_state(args, state, self.handle.state_dict())
-
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if state.is_local_process_zero:
             print(self.handle.report(), flush=True)
-        self._detach()
+        super().on_train_end(args, state, control, **kwargs)
 
     def metrics(self, reset: bool = True) -> dict[str, float]:
         """
@@ -74,15 +63,3 @@ class IstCallback(StatefulCallback):
             reset (`bool`, *optional*, defaults to `True`): whether the next call starts from here.
         """
         return {} if self.handle is None else self.handle.metrics(reset)
-
-    def attach(self, model: nn.Module) -> None:
-        """Puts gates on the layers of `model`, unless they are there."""
-        # `model_init` makes another model than the one that `__init__` has seen
-        if self.handle is not None and self.handle.attached_to is not model:
-            self._detach()
-        if self.handle is None:
-            self.handle = IstHandle(model, self.config)
-
-    def _detach(self) -> None:
-        self.handle.undo()
-        self.handle = None

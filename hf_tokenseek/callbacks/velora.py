@@ -1,7 +1,5 @@
 """VeLoRA in any `Trainer`, as a callback."""
 
-from torch import nn
-
 from ..velora import VeloraAdamW, VeloraConfig
 from ..velora.attach import VeloraHandle
 from ..velora.refusals import refuse_arguments
@@ -27,13 +25,7 @@ class VeloraCallback(StatefulCallback):
         ValueError: the model, its layers or a training argument is not supported, by name.
     """
 
-    state_file, method = "velora.pt", "VeLoRA"
-
-    def __init__(self, config: VeloraConfig | dict | bool | None = None):
-        self.config = VeloraConfig() if config is None else VeloraConfig.parse(config)
-        if self.config is None:
-            raise ValueError("VeloraCallback was told to be off. Leave it out of `callbacks` instead.")
-        self.handle: VeloraHandle | None = None
+    config_type, handle_type, state_file, method = VeloraConfig, VeloraHandle, "velora.pt", "VeLoRA"
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
         refuse_arguments(args, self.config)
@@ -47,7 +39,7 @@ class VeloraCallback(StatefulCallback):
             if state.global_step:
                 self.handle.load_state_dict(self.read_state(args, state))
         except ValueError:
-            self._detach()
+            self.detach()
             raise
         if state.is_local_process_zero:
             print(self.handle.swapped(), flush=True)
@@ -57,12 +49,6 @@ class VeloraCallback(StatefulCallback):
         self.handle.resume()
         self.handle.begin_step(state.global_step)
 
-    def on_save(self, args, state, control, **kwargs) -> None:
-        self.write_state(args, state, self.handle.state_dict())
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self._detach()
-
     def metrics(self, reset: bool = True) -> dict[str, float]:
         """
         The figures of [`Telemetry`] since the last call with `reset`.
@@ -71,18 +57,6 @@ class VeloraCallback(StatefulCallback):
             reset (`bool`, *optional*, defaults to `True`): whether the next call starts from here.
         """
         return {} if self.handle is None else self.handle.telemetry.read(reset)
-
-    def attach(self, model: nn.Module) -> None:
-        """Swaps the layers of `model`, unless they are."""
-        # `model_init` makes another model than the one that `__init__` has seen
-        if self.handle is not None and self.handle.attached_to is not model:
-            self._detach()
-        if self.handle is None:
-            self.handle = VeloraHandle(model, self.config)
-
-    def _detach(self) -> None:
-        self.handle.undo()
-        self.handle = None
 
 
 def check_optimizer(optimizer, handle: VeloraHandle) -> None:

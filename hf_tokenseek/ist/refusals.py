@@ -4,8 +4,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
-from ..seek.ranks import sharding, split
+from ..seek.ranks import refuse_common
 from .config import IstConfig
+
+WHY = {
+    "torch_compile": "a graph would be compiled for each set of layers",
+    "n_gpu": "replicas lose their gates",
+    "split": "it has not been verified with it",
+}
 
 
 def prepare_arguments(args: TrainingArguments, config: IstConfig) -> None:
@@ -23,20 +29,7 @@ def prepare_arguments(args: TrainingArguments, config: IstConfig) -> None:
         ValueError: names the argument, says why, and the next step.
     """
     state = AcceleratorState()
-    if args.torch_compile:
-        raise ValueError(
-            "Sparse tuning does not support torch_compile=True: a graph would be compiled for each set of layers. Set "
-            "torch_compile=False."
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"Sparse tuning does not support torch.nn.DataParallel (n_gpu={args.n_gpu}): replicas lose their gates. "
-            "Start one process a GPU with `accelerate launch` or `torchrun`."
-        )
-    if (found := split(args, state)) is not None:
-        raise ValueError(f"Sparse tuning does not support {found}: it has not been verified with it. Leave it out.")
-    if sharding(state) == "FSDP1":
-        raise ValueError("Sparse tuning does not support version 1 of FSDP. Set `fsdp_version: 2`.")
+    refuse_common("Sparse tuning", args, state, WHY)
     _refuse_options(config, state.distributed_type)
     if args.ddp_find_unused_parameters is False:
         raise ValueError(

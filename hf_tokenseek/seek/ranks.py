@@ -90,3 +90,31 @@ def sharding(state: AcceleratorState) -> str | None:
     if state.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.hf_ds_config.is_zero3():
         return "ZeRO-3"
     return None
+
+
+def refuse_common(method: str, args: TrainingArguments, state: AcceleratorState, why: dict[str, str]) -> None:
+    """
+    What neither VeLoRA nor sparse tuning knows.
+
+    Args:
+        method (`str`): what the error calls it.
+        args (`transformers.TrainingArguments`): a trainer's arguments.
+        state (`accelerate.state.AcceleratorState`): how work is shared.
+        why (`dict[str, str]`): reasons for `"torch_compile"`, `"n_gpu"` and `"split"`.
+
+    Raises:
+        ValueError: names the argument, says why, and the next step.
+    """
+    if args.torch_compile:
+        raise ValueError(
+            f"{method} does not support torch_compile=True: {why['torch_compile']}. Set torch_compile=False."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{method} does not support torch.nn.DataParallel (n_gpu={args.n_gpu}): {why['n_gpu']}. Start one process "
+            "a GPU with `accelerate launch` or `torchrun`."
+        )
+    if (found := split(args, state)) is not None:
+        raise ValueError(f"{method} does not support {found}: {why['split']}. Leave it out.")
+    if sharding(state) == "FSDP1":
+        raise ValueError(f"{method} does not support version 1 of FSDP. Set `fsdp_version: 2`.")

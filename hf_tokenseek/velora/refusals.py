@@ -4,8 +4,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
-from ..seek.ranks import sharding, split
+from ..seek.ranks import refuse_common
 from .config import VeloraConfig
+
+WHY = {
+    "torch_compile": "layers share what they keep through Python, which a graph does not see",
+    "n_gpu": "replicas would share one cache",
+    "split": "directions are drawn over whole inputs",
+}
 
 
 def refuse_arguments(args: TrainingArguments, config: VeloraConfig) -> None:
@@ -22,20 +28,7 @@ def refuse_arguments(args: TrainingArguments, config: VeloraConfig) -> None:
         ValueError: names the argument, says why, and the next step.
     """
     state = AcceleratorState()
-    if args.torch_compile:
-        raise ValueError(
-            "VeLoRA does not support torch_compile=True: layers share what they keep through Python, which a graph "
-            "does not see. Set torch_compile=False."
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"VeLoRA does not support torch.nn.DataParallel (n_gpu={args.n_gpu}): replicas would share one cache. "
-            "Start one process a GPU with `accelerate launch` or `torchrun`."
-        )
-    if (found := split(args, state)) is not None:
-        raise ValueError(f"VeLoRA does not support {found}: directions are drawn over whole inputs. Leave it out.")
-    if sharding(state) == "FSDP1":
-        raise ValueError("VeLoRA does not support version 1 of FSDP. Set `fsdp_version: 2`.")
+    refuse_common("VeLoRA", args, state, WHY)
     if config.compressed_state and state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
             f"compressed_state=True does not support {state.distributed_type.value}: it shards or flattens "

@@ -8,7 +8,8 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
-from hf_tokenseek import SeekConfig, VeloraConfig
+from hf_tokenseek import IstConfig, SeekConfig, VeloraConfig
+from hf_tokenseek.ist import refusals as ist_refusals
 from hf_tokenseek.seek import ranks
 from hf_tokenseek.velora import refusals
 from recipes.checks import check_strategy
@@ -39,10 +40,19 @@ def refuse_velora(monkeypatch, config=None, arguments=None, **state) -> None:
     refusals.refuse_arguments(pretend(monkeypatch, refusals, arguments, **state), VeloraConfig(**(config or {})))
 
 
+def refuse_ist(monkeypatch, config=None, arguments=None, **state) -> SimpleNamespace:
+    arguments = {"ddp_find_unused_parameters": None, **(arguments or {})}
+    args = pretend(monkeypatch, ist_refusals, arguments, **state)
+    ist_refusals.prepare_arguments(args, IstConfig(**(config or {})))
+    return args
+
+
 @pytest.mark.parametrize("state", [{}, fsdp(2), deepspeed(1), deepspeed(2), deepspeed(3)])
 def test_what_is_verified_passes(monkeypatch, state):
     refuse(monkeypatch, **state)
     refuse_velora(monkeypatch, **state)
+    # DDP has to know that some parameters get no gradient
+    assert refuse_ist(monkeypatch, **state).ddp_find_unused_parameters is True
 
 
 PROBE, PAPER = {"probe_steps": 5}, {"score": "paper"}
@@ -79,6 +89,21 @@ COMPRESSED = {"compressed_state": True}
 def test_what_velora_does_not_know_is_refused_by_name(monkeypatch, config, arguments, state, said):
     with pytest.raises(ValueError, match=said):
         refuse_velora(monkeypatch, config, arguments, **state)
+
+
+@pytest.mark.parametrize(("config", "arguments", "state", "said"), [
+    ({}, {"n_gpu": 4}, {}, r"DataParallel \(n_gpu=4\).*accelerate launch"),
+    ({}, {"ddp_find_unused_parameters": False}, {}, "ddp_find_unused_parameters=False"),
+    ({}, {}, fsdp(1), "version 1 of FSDP.*fsdp_version: 2"),
+    ({}, {"parallelism_config": ParallelismConfig(tp_size=2)}, {}, "parallelism_config.tp_size=2.*Leave it out"),
+    ({"unbiased": True}, {}, fsdp(2), "unbiased=True under FSDP.*Use DDP"),
+    ({"state": "offload"}, {}, fsdp(2), "state='offload' under FSDP.*another value of `state`"),
+    ({"state": "keep"}, {}, deepspeed(2), "state='keep' under DEEPSPEED"),
+    ({"policy": "gradient_norm"}, {}, deepspeed(3), "policy='gradient_norm' under DEEPSPEED"),
+])  # fmt: skip
+def test_what_sparse_tuning_does_not_know_is_refused_by_name(monkeypatch, config, arguments, state, said):
+    with pytest.raises(ValueError, match=said):
+        refuse_ist(monkeypatch, config, arguments, **state)
 
 
 def test_velora_compresses_the_state_under_ddp(monkeypatch):

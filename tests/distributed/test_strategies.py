@@ -47,6 +47,26 @@ def assert_same_run(folder: Path, truth: Path) -> list[float]:
     return expected
 
 
+def assert_method_run(strategy: str, config: str, resume: bool, own: tuple, options, one_method_process) -> list[dict]:
+    """Two ranks with a method's options equal one process, resumed ones too; returns what the ranks have seen."""
+    folder, name = options.folder, f"{strategy}_{config}"
+    seen = launch(
+        strategy,
+        RECIPE,
+        options(name, 2, "--save_strategy", "steps" if resume else "no", *own),
+        folder / f"{name}_seen",
+    )
+    for rank in seen:
+        assert_is(rank, STRATEGIES[strategy])
+    expected = assert_same_run(folder / name, one_method_process(config))
+    if resume:
+        more = "--resume_from_checkpoint", str(folder / name / "checkpoint-2"), "--save_strategy", "no"
+        resumed = options(f"{name}_resumed", 2, *more, *own)
+        seen += launch(strategy, RECIPE, resumed, folder / f"{name}_resumed_seen")
+        assert losses(folder / f"{name}_resumed")[-2:] == pytest.approx(expected[-2:], rel=1e-5)
+    return seen
+
+
 @pytest.mark.parametrize("strategy", [pytest.param(name, marks=needs_compiler(name)) for name in STRATEGIES])
 def test_two_ranks_equal_one_process_and_resume(strategy, options, one_process):
     folder = options.folder
