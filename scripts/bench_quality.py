@@ -37,7 +37,10 @@ from tqdm.auto import tqdm
 
 from hf_tokenseek import attach
 
-FULL_RATES, LORA_RATES = (1e-4, 2e-4, 4e-4), (1e-3, 2e-3, 4e-3)
+# learning rates to choose from: of weights, and of adapters
+RATES = {False: (1e-4, 2e-4, 4e-4), True: (1e-3, 2e-3, 4e-3)}
+# the model knows code: at those rates it only forgets
+SOURCE_TEXT_RATES = {False: (1e-5, 3e-5, 1e-4), True: (1e-4, 3e-4, 1e-3)}
 
 
 @dataclass(frozen=True)
@@ -166,11 +169,15 @@ def time_steps(methods: set[str], batch_for: Callable, repeats: int) -> dict[str
     return seconds
 
 
+def rates_of(name: str, task: str) -> tuple[float, ...]:
+    """The learning rates to choose from."""
+    return (SOURCE_TEXT_RATES if task == "source-text" else RATES)[METHODS[name].lora]
+
+
 def chosen_rate(results: Results, name: str) -> float:
     """The learning rate with the lowest validation loss of this method, or of the one whose rate it takes."""
     name = METHODS[name].rate_of or name
-    rates = LORA_RATES if METHODS[name].lora else FULL_RATES
-    return min(rates, key=lambda rate: results.cells[f"rate | {name} | {rate}"])
+    return min(rates_of(name, results.key["task"]), key=lambda rate: results.cells[f"rate | {name} | {rate}"])
 
 
 def table(results: Results) -> str:
@@ -249,7 +256,7 @@ def fill(results: Results, args: argparse.Namespace) -> None:
     if not args.seeds:
         return
     needed = dict.fromkeys(METHODS[name].rate_of or name for name in args.methods)
-    sweep = [(name, rate) for name in needed for rate in (LORA_RATES if METHODS[name].lora else FULL_RATES)]
+    sweep = [(name, rate) for name in needed for rate in rates_of(name, args.task)]
     for name, rate in tqdm(sweep, desc="learning rates"):
         job = partial(run, METHODS[name], rate, 100, args.rate_steps, train, evaluator("validation"))
         cell(results, f"rate | {name} | {rate}", job)
