@@ -1,9 +1,13 @@
 """Sparse tuning in any `Trainer`, as a callback."""
 
+from transformers.utils import logging
+
 from ..ist import IstConfig
 from ..ist.attach import IstHandle
 from ..ist.refusals import prepare_arguments
 from .stateful import StatefulCallback
+
+logger = logging.get_logger(__name__)
 
 
 class IstCallback(StatefulCallback):
@@ -45,7 +49,10 @@ class IstCallback(StatefulCallback):
             print(self.handle.swapped(), flush=True)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
+        draws = len(self.handle.history)
         self.handle.begin_step(state.global_step)
+        if len(self.handle.history) > draws:
+            logger.info(f"Layers {self.handle.active} train from step {state.global_step} on.")
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         self.handle.observe_gradients()
