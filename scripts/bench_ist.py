@@ -67,6 +67,8 @@ ROWS = {
     )
 }
 
+TRAINED = (LORA, IST, RANDOM, SEEK, FULL, LISA_ROW, FROZEN)
+
 
 def run(row: Row, load: Callable, seed: int, batches: Sequence[dict], watch: Callable | None = None) -> nn.Module:
     """Trains on `batches`; `watch(model, batch, optimizer, handle)` makes a step in place of [`train_step`]."""
@@ -252,7 +254,7 @@ def main(argv: Sequence[str] | None = None, load: Callable = load_smollm2) -> in
     if args.seeds:
         data = {split: docstrings(tokenizer, split, args.max_length) for split in ("train", "test")}
         held_out = batches_of(data["test"][: args.eval_examples], 8, collate)
-        jobs = [(seed, row) for seed in args.seeds for row in ROWS.values() if not row.checkpointing]
+        jobs = [(seed, ROWS[name]) for seed in args.seeds for name in TRAINED]
         for seed, row in tqdm(jobs, desc="runs"):
             batches = shuffled_batches(data["train"], args.batch, args.steps, seed, collate)
             cell(results, f"loss | {row.name} | {seed}", partial(train, row, load, seed, batches, held_out))

@@ -45,7 +45,7 @@ def test_runs_end_to_end_and_goes_on_where_it_stopped(bench, tiny_llama, tmp_pat
     saved = bench.peak(curves[bench.LORA]) - bench.peak(curves[bench.RANDOM])
     counters = 2 * 7 * 2 * 4 / bench.MIB  # AdamW's step counts
     assert saved == pytest.approx(bench.guaranteed(tiny_llama().config, 2 * 6) + counters, rel=1e-9)
-    assert sum(name.startswith("loss | ") for name in cells) == len(bench.ROWS) - 1
+    assert sum(name.startswith("loss | ") for name in cells) == len(bench.TRAINED)
     monkeypatch.setattr(bench, "run", None)
     assert bench.main([*options, "--seeds", "0"], load) == 0
     assert "| LoRA, IST |" in capsys.readouterr().out
