@@ -37,5 +37,7 @@ def test_everything_selected_is_a_stock_run(tiny_llama, tmp_path, name, lean):
     stock.train()
     own = trainer(tiny_llama(), arguments(tmp_path, EVERYTHING, lean=lean, **options))
     own.train()
-    assert losses(own) == pytest.approx(losses(stock), rel=2e-2 if "16" in name else 1e-4)
+    # GaLore turns to the gradient's singular vectors; along those without a gradient Adam divides rounding by itself
+    tolerance = {"bf16": 2e-2, "fp16": 2e-2, "galore": 1e-3}.get(name, 1e-4)
+    assert losses(own) == pytest.approx(losses(stock), rel=tolerance)
     assert losses(own)[0] != losses(own)[-1]

@@ -133,7 +133,12 @@ def test_adapter_on_the_output_embeddings_is_refused(tiny_llama):
 
 def test_adapter_added_by_transformers_is_trained(tiny_llama):
     model = tiny_llama()
-    model.add_adapter(lora())
+    try:
+        model.add_adapter(lora())
+    except ValueError as error:
+        if "not compatible" not in str(error):
+            raise
+        pytest.skip(f"this transformers adds no adapters of this PEFT ({error})")
     model.train()
     loss, truth = plain(model)
     assert any("lora_A" in name for name in truth)
