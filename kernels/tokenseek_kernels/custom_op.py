@@ -36,9 +36,10 @@ def custom_op(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable
 
 def _is_watched(args: Iterable) -> bool:
     return (
-        torch.is_grad_enabled()
+        # first: torch.compile cannot read the others
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.compiler.is_compiling()
         or any(isinstance(arg, Tensor) and type(arg) not in (Tensor, nn.Parameter) for arg in args)
     )
