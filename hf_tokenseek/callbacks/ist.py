@@ -36,17 +36,9 @@ class IstCallback(StatefulCallback):
         prepare_arguments(args, self.config)
         self.attach(model)
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
-        self.attach(model)
-        try:
-            self.handle.manage(optimizer)
-            if state.global_step:
-                self.handle.load_state_dict(self.read_state(args, state))
-        except ValueError:
-            self.detach()
-            raise
-        if state.is_local_process_zero:
-            print(self.handle.swapped(), flush=True)
+    def accept(self, optimizer) -> None:
+        """The handle looks after its state from now on; raises as [`IstHandle.manage`] does."""
+        self.handle.manage(optimizer)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         draws = len(self.handle.history)

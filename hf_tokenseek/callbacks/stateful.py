@@ -55,6 +55,21 @@ class StatefulCallback(LoggedMetrics):
         self.handle.undo()
         self.handle = None
 
+    def accept(self, optimizer) -> None:
+        """Looks at the trainer's optimizer before anything is trained; raises `ValueError` if it does not fit."""
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        self.attach(model)
+        try:
+            self.accept(optimizer)
+            if state.global_step:
+                self.handle.load_state_dict(self.read_state(args, state))
+        except ValueError:
+            self.detach()
+            raise
+        if state.is_local_process_zero:
+            print(self.handle.swapped(), flush=True)
+
     def on_save(self, args, state, control, **kwargs) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():

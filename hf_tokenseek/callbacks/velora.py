@@ -31,18 +31,10 @@ class VeloraCallback(StatefulCallback):
         refuse_arguments(args, self.config)
         self.attach(model)
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
-        self.attach(model)
-        try:
-            if self.config.compressed_state:
-                check_optimizer(optimizer, self.handle)
-            if state.global_step:
-                self.handle.load_state_dict(self.read_state(args, state))
-        except ValueError:
-            self.detach()
-            raise
-        if state.is_local_process_zero:
-            print(self.handle.swapped(), flush=True)
+    def accept(self, optimizer) -> None:
+        """With a compressed state it has to be the one that knows it; raises as [`check_optimizer`] does."""
+        if self.config.compressed_state:
+            check_optimizer(optimizer, self.handle)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         # callbacks that come later have gone around trl's forward only now, and so around ours
