@@ -19,9 +19,9 @@ from kernel_cases import CASES, LLAMA, Contender, Shape, Sizes
 from tqdm import tqdm
 
 NOTES = """Milliseconds: median (20 %..80 % quantile). One sequence, bf16, rows selected at random; the attention
-kernels' keys are all tokens, `head_statistics` and `compress` read all rows, everything else works on the selected
-rows. Backward is the gradient of every differentiable input. x triton: forward and backward (medians) over those of
-the kernel."""
+kernels' keys are all tokens, `head_statistics`, `compress` and `block_scores` read all rows, everything else works on
+the selected rows. Backward is the gradient of every differentiable input. x triton: forward and backward (medians)
+over those of the kernel."""
 HEADER = ("operation, model, tokens", "way", "forward [ms]", "backward [ms]", "x triton")
 # bfloat16 results of sums in another order: a few roundings of 2^-8, against the largest value
 AGREEMENT = 4 * 2**-8

@@ -12,6 +12,7 @@ import tokenseek_kernels as kernels
 
 EVIDENCE_QUERIES = 64  # default of SeekConfig
 COMPRESSED_GROUPS = 32  # default of VeloraConfig
+BLOCK = 64  # default of LemoConfig
 
 
 class Shape(NamedTuple):
@@ -234,7 +235,46 @@ def compress(sizes: Sizes) -> list[Contender]:
     ]
 
 
-CASES = (selected_attention, attention_mass, linear_cross_entropy, head_statistics, rms_norm, gated_linear, compress)
+def token_rows(sizes: Sizes) -> list[Contender]:
+    """What LeMo adds to a layer: its rows out of the residual stream and, here as they are, back into it."""
+    states, rows = sizes.random(1, sizes.tokens, sizes.shape.hidden, grad=True), sizes.selected()
+    index = rows[..., None].expand(-1, -1, sizes.shape.hidden)
+
+    def ours(impl: str) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            rest, kept = kernels.split_rows(states, rows, impl)
+            return kernels.join_rows(rest, kept, rows, impl=impl)
+
+        return run
+
+    return [
+        Contender("triton", ours("triton"), [states]),
+        Contender("torch", ours("torch"), [states]),
+        Contender("gather and scatter", lambda: states.scatter(1, index, states.gather(1, index)), [states]),
+    ]
+
+
+def block_scores(sizes: Sizes) -> list[Contender]:
+    """By what LeMo chooses the blocks of tokens that a layer works on, over all pairs."""
+    shape, n = sizes.shape, sizes.tokens
+    query, key = (sizes.random(1, heads, n, shape.dim) for heads in (shape.heads, shape.kv_heads))
+    return [
+        Contender(name, lambda impl=impl: kernels.block_scores(query, key, BLOCK, impl=impl))
+        for name, impl in (("triton", "triton"), ("torch (blocks)", "torch"), ("eager", "reference"))
+    ]
+
+
+CASES = (
+    selected_attention,
+    attention_mass,
+    linear_cross_entropy,
+    head_statistics,
+    rms_norm,
+    gated_linear,
+    compress,
+    token_rows,
+    block_scores,
+)
 
 
 def has_liger(sizes: Sizes) -> bool:

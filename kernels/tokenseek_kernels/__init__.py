@@ -1,11 +1,13 @@
 """Tensor operations of hf_tokenseek. Pure torch; knows nothing of transformers."""
 
 from .attention_mass import attention_mass
+from .block_scores import block_scores
 from .lean_lora import lora_delta, seeded_dropout
 from .lean_mlp import ACTIVATIONS, activated_linear, gated_activation, gated_linear
 from .lean_norm import layer_norm, rms_norm
 from .linear_cross_entropy import HeadStatistics, head_statistics, linear_cross_entropy
 from .selected_attention import causal_attention, selected_attention
+from .token_rows import join_rows, split_rows
 from .velora_linear import compress, compressed_linear, expand, gated_activation_compress, rms_norm_compress
 
 __all__ = [
@@ -13,6 +15,7 @@ __all__ = [
     "HeadStatistics",
     "activated_linear",
     "attention_mass",
+    "block_scores",
     "causal_attention",
     "compress",
     "compressed_linear",
@@ -21,6 +24,7 @@ __all__ = [
     "gated_activation_compress",
     "gated_linear",
     "head_statistics",
+    "join_rows",
     "layer_norm",
     "linear_cross_entropy",
     "lora_delta",
@@ -28,4 +32,5 @@ __all__ = [
     "rms_norm_compress",
     "seeded_dropout",
     "selected_attention",
+    "split_rows",
 ]

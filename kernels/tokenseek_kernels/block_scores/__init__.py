@@ -1,0 +1,3 @@
+from .function import block_scores
+
+__all__ = ["block_scores"]
