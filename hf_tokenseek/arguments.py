@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .ist import IstConfig
+from .lemo import LemoConfig
 from .method_config import MethodConfig
 from .seek import SeekConfig
 from .velora import VeloraConfig
@@ -24,6 +25,8 @@ class MethodArguments:
             VeLoRA's configuration, likewise; off by default.
         ist ([`IstConfig`], `dict` or `str`, *optional*, defaults to `"false"`):
             Sparse tuning's configuration, likewise; off by default.
+        lemo ([`LemoConfig`], `dict` or `str`, *optional*, defaults to `"false"`):
+            LeMo's configuration, likewise; off by default.
         lean (`bool`, *optional*, defaults to `False`):
             Swap norms, MLPs and LoRA layers for exact ones that save less for backward.
 
@@ -47,6 +50,11 @@ class MethodArguments:
         metadata={"help": "Sparse tuning's configuration as JSON, e.g. '{\"layers\": 0.25}', or true / false."},
     )
 
+    lemo: str | None = field(
+        default="false",
+        metadata={"help": "LeMo's configuration as JSON, e.g. '{\"keep\": 0.4}', or true / false."},
+    )
+
     lean: bool = field(
         default=False,
         metadata={"help": "Swap norms, MLPs and LoRA layers for exact ones that save less for backward."},
@@ -54,7 +62,7 @@ class MethodArguments:
 
     def __post_init__(self):
         self.seek, self.velora = SeekConfig.parse(self.seek), VeloraConfig.parse(self.velora)
-        self.ist = IstConfig.parse(self.ist)
+        self.ist, self.lemo = IstConfig.parse(self.ist), LemoConfig.parse(self.lemo)
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,6 +85,8 @@ class TokenSeekArguments(MethodArguments, TrainingArguments):
             VeLoRA's configuration, likewise; off by default.
         ist ([`IstConfig`], `dict` or `str`, *optional*, defaults to `"false"`):
             Sparse tuning's configuration, likewise; off by default.
+        lemo ([`LemoConfig`], `dict` or `str`, *optional*, defaults to `"false"`):
+            LeMo's configuration, likewise; off by default.
         lean (`bool`, *optional*, defaults to `False`):
             Swap norms, MLPs and LoRA layers for exact ones that save less for backward.
 

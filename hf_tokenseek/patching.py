@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -71,26 +71,61 @@ def replaced_forward(module: nn.Module, forward: Callable):
         vars(module).update(own)
 
 
+@contextmanager
+def recomputed_within(layer: nn.Module, context: Callable[[], AbstractContextManager]):
+    """
+    Enters `context`, now and whenever what is computed inside of the block is computed again.
+
+    Some versions of transformers checkpoint inside of a layer's forward: what runs again in the backward pass runs
+    after the block has been left.
+    """
+    checkpoint = vars(layer).get("_gradient_checkpointing_func")
+
+    def checkpoint_within(function: Callable, *args, **kwargs):
+        def run(*args, **kwargs):
+            with context():
+                return function(*args, **kwargs)
+
+        return checkpoint(run, *args, **kwargs)
+
+    if checkpoint is not None:
+        layer._gradient_checkpointing_func = checkpoint_within
+    try:
+        with context():
+            yield
+    finally:
+        if checkpoint is not None:
+            layer._gradient_checkpointing_func = checkpoint
+
+
 class PatchedForward:
     """
-    Replaces the `forward` of one instance while it trains with gradients; everything else runs the original.
+    Replaces the `forward` of one instance, by default while it trains with gradients; else the original runs.
 
     Args:
         model (`nn.Module`): the instance.
-        train (`Callable`): called with the original forward, its positional and its keyword arguments.
+        run (`Callable`): called with the original forward, its positional and its keyword arguments.
+        when (`Callable`, *optional*): whether to call `run` now.
     """
 
-    def __init__(self, model: nn.Module, train: Callable[[Callable, tuple, dict], Any]):
-        self.model, self.active = model, True
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Callable[[Callable, tuple, dict], Any],
+        when: Callable[[], bool] | None = None,
+    ):
+        self.model, self.run, self.active = model, run, True
         self.before = {name: value for name, value in vars(model).items() if name == "forward"}
-        self.original = original = model.forward
+        self.original = original = self.before.get("forward") or forward_of_class(model)
+        when = when or (lambda: model.training and torch.is_grad_enabled())
 
         @functools.wraps(original)
         def forward(*args, **kwargs):
-            if self.active and model.training and torch.is_grad_enabled():
-                return train(original, args, kwargs)
+            if self.active and when():
+                return run(original, args, kwargs)
             return original(*args, **kwargs)
 
+        forward.patch = self
         self.forward = model.forward = forward
 
     def undo(self) -> None:
@@ -101,11 +136,37 @@ class PatchedForward:
             vars(self.model).update(self.before)
 
 
+def forward_of_class(module: nn.Module) -> Callable:
+    """
+    The forward of whatever class `module` has when it is called.
+
+    FSDP2 gives a layer another class after we have attached, and only the forward of that class checkpoints.
+    """
+
+    @functools.wraps(module.forward)
+    def forward(*args, **kwargs):
+        return type(module).forward(module, *args, **kwargs)
+
+    return forward
+
+
 def leads_to(forward: Callable | None, patched: Callable) -> bool:
     """Whether `forward` is `patched`, or one of the wrappers around it that say what they wrap."""
     while forward is not None and forward is not patched:
         forward = getattr(forward, "__wrapped__", None)
     return forward is patched
+
+
+def patched_by(module: nn.Module, kind: type) -> Any:
+    """The object of this kind whose method runs in place of the module's forward; `None` where there is none."""
+    forward = module.forward
+    while forward is not None:
+        patch = getattr(forward, "patch", None)
+        owner = getattr(patch.run, "__self__", None) if patch is not None and patch.active else None
+        if isinstance(owner, kind):
+            return owner
+        forward = getattr(forward, "__wrapped__", None)
+    return None
 
 
 class Attachment:
@@ -117,10 +178,11 @@ class Attachment:
         lean ([`LeanHandle`], *optional*): the lean layers.
         velora ([`VeloraHandle`], *optional*): the attached VeLoRA.
         ist ([`IstHandle`], *optional*): the attached sparse tuning.
+        lemo ([`LemoHandle`], *optional*): the attached LeMo.
     """
 
-    def __init__(self, seek=None, lean=None, velora=None, ist=None):
-        self.seek, self.lean, self.velora, self.ist = seek, lean, velora, ist
+    def __init__(self, seek=None, lean=None, velora=None, ist=None, lemo=None):
+        self.seek, self.lean, self.velora, self.ist, self.lemo = seek, lean, velora, ist, lemo
 
     @property
     def selection(self):
@@ -138,13 +200,21 @@ class Attachment:
         """The table of what was swapped, and what the last micro-batch cost."""
         return "\n".join(handle.report() for handle in self._handles())
 
+    def begin_step(self, step: int) -> None:
+        """Tells every method which optimizer step the coming micro-batches belong to."""
+        for handle in self._handles():
+            # lean layers know no steps
+            if handle is not self.lean:
+                handle.begin_step(step)
+
     def undo(self) -> None:
         """Takes everything back."""
         for handle in reversed(self._handles()):
             handle.undo()
 
     def _handles(self) -> list:
-        return [handle for handle in (self.seek, self.lean, self.velora, self.ist) if handle is not None]
+        handles = self.seek, self.lean, self.velora, self.ist, self.lemo
+        return [handle for handle in handles if handle is not None]
 
     def __enter__(self) -> "Attachment":
         return self
@@ -153,7 +223,7 @@ class Attachment:
         self.undo()
 
 
-def attach(model: nn.Module, *, seek=None, velora=None, ist=None, lean: bool = False) -> Attachment:
+def attach(model: nn.Module, *, seek=None, velora=None, ist=None, lemo=None, lean: bool = False) -> Attachment:
     """
     Attaches methods to a model for plain training loops.
 
@@ -175,6 +245,8 @@ def attach(model: nn.Module, *, seek=None, velora=None, ist=None, lean: bool = F
         ist ([`IstConfig`], `dict` or `bool`, *optional*):
             Sparse tuning's configuration; `True` for the defaults. Build the optimizer afterwards, hand it over with
             `handle.ist.manage(optimizer)`, and call `handle.ist.begin_step(step)` before each of its steps.
+        lemo ([`LemoConfig`], `dict` or `bool`, *optional*):
+            LeMo's configuration; `True` for the defaults.
         lean (`bool`, *optional*, defaults to `False`):
             Swap norms, MLPs and LoRA layers for exact ones that save less.
 
@@ -187,24 +259,29 @@ def attach(model: nn.Module, *, seek=None, velora=None, ist=None, lean: bool = F
     from .ist import IstConfig
     from .ist.attach import IstHandle
     from .lean import LeanHandle
+    from .lemo import LemoConfig
+    from .lemo.attach import LemoHandle
     from .seek import SeekConfig
     from .seek.attach import SeekHandle
     from .velora import VeloraConfig
     from .velora.attach import VeloraHandle
 
-    config, velora_config, ist_config = SeekConfig.parse(seek), VeloraConfig.parse(velora), IstConfig.parse(ist)
-    if config is None and velora_config is None and ist_config is None and not lean:
-        raise ValueError("attach() got no method to attach. Pass seek=True, velora=True, ist=True or lean=True.")
+    methods = {
+        "seek": (SeekHandle, SeekConfig.parse(seek)),
+        "lean": (LeanHandle, lean),
+        "velora": (VeloraHandle, VeloraConfig.parse(velora)),
+        "ist": (IstHandle, IstConfig.parse(ist)),
+        "lemo": (LemoHandle, LemoConfig.parse(lemo)),
+    }
+    wanted = {name: (kind, config) for name, (kind, config) in methods.items() if config}
+    if not wanted:
+        raise ValueError(
+            "attach() got no method to attach. Pass seek=True, velora=True, ist=True, lemo=True or lean=True."
+        )
     attached = Attachment()
     try:
-        if config is not None:
-            attached.seek = SeekHandle(model, config)
-        if lean:
-            attached.lean = LeanHandle(model)
-        if velora_config is not None:
-            attached.velora = VeloraHandle(model, velora_config)
-        if ist_config is not None:
-            attached.ist = IstHandle(model, ist_config)
+        for name, (kind, config) in wanted.items():
+            setattr(attached, name, kind(model) if kind is LeanHandle else kind(model, config))
     except ValueError:
         attached.undo()
         raise

@@ -30,6 +30,8 @@ class TokenSeekSFTConfig(MethodArguments, SFTConfig):
             VeLoRA's configuration, likewise; off by default.
         ist ([`IstConfig`], `dict` or `str`, *optional*, defaults to `"false"`):
             Sparse tuning's configuration, likewise; off by default.
+        lemo ([`LemoConfig`], `dict` or `str`, *optional*, defaults to `"false"`):
+            LeMo's configuration, likewise; off by default.
         lean (`bool`, *optional*, defaults to `False`):
             Swap norms, MLPs and LoRA layers for exact ones that save less for backward.
 
@@ -43,7 +45,7 @@ class TokenSeekSFTTrainer(TokenSeekMixin, SFTTrainer):
     Drop-in for [`~trl.SFTTrainer`]: the same fine-tuning with a fraction of the activation memory.
 
     Takes what `SFTTrainer` takes. With plain [`~trl.SFTConfig`] TokenSeek is on with its defaults; with
-    [`TokenSeekSFTConfig`] the fields `seek`, `velora`, `ist` and `lean` decide. trl's own metrics (`entropy`,
+    [`TokenSeekSFTConfig`] the fields `seek`, `velora`, `ist`, `lemo` and `lean` decide. trl's own metrics (`entropy`,
     `mean_token_accuracy`) are those of the tokens that were trained; `seek/...`, `memory/...` and `speed/...` are
     logged beside them.
 

@@ -2,22 +2,25 @@
 
 from dataclasses import asdict
 
-import torch
 from transformers import Trainer
 
 from .callbacks import (
     IstCallback,
     LeanCallback,
+    LemoCallback,
     LoggedMetrics,
     MemoryCallback,
+    ReportCallback,
     SeekCallback,
     StatefulCallback,
     VeloraCallback,
 )
+from .callbacks.out_of_memory import explained_out_of_memory
 from .ist.zero import group_by_layer
+from .lemo.predictor import copy_predictor
 from .model_card import write_model_card
 from .seek import SeekConfig
-from .velora import VeloraAdamW
+from .velora.optimizer import velora_adamw
 
 
 class TokenSeekMixin:
@@ -36,7 +39,7 @@ class TokenSeekMixin:
             callbacks.append(SeekCallback(seek))
         if getattr(args, "lean", False) and not any(isinstance(c, LeanCallback) for c in callbacks):
             callbacks.append(LeanCallback())
-        for name, kind in (("velora", VeloraCallback), ("ist", IstCallback)):
+        for name, kind in (("velora", VeloraCallback), ("ist", IstCallback), ("lemo", LemoCallback)):
             config = getattr(args, name, None)
             if config is not None and not any(isinstance(c, kind) for c in callbacks):
                 callbacks.append(kind(config))
@@ -45,10 +48,13 @@ class TokenSeekMixin:
         super().__init__(model, args, *positional, callbacks=callbacks, compute_loss_func=compute_loss_func, **kwargs)
         for callback in self.callback_handler.callbacks:
             # trl's trainers replace the model's forward when Trainer's own __init__, and so attaching, is done
-            if isinstance(callback, (SeekCallback, VeloraCallback)):
+            if isinstance(callback, (SeekCallback, VeloraCallback, LemoCallback)):
                 callback.handle.resume()
         for callback in self._logged():
             callback.logged_by_trainer = True
+        report = self._callback(ReportCallback)
+        if report is not None:
+            report.methods = self.callback_handler.callbacks
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Adds the callbacks' figures to training logs, so that every tracker and `trainer_state.json` has them."""
@@ -78,28 +84,30 @@ class TokenSeekMixin:
             if isinstance(callback, StatefulCallback):
                 # `True` is the last checkpoint in `output_dir`, which the callback finds
                 callback.checkpoint = None if isinstance(resume_from_checkpoint, bool) else resume_from_checkpoint
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with explained_out_of_memory(self._callback(MemoryCallback), self.model, self.args):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Saves as ever, and says in the model card how the weights were trained."""
+        """Saves as ever, LeMo's predictor beside it, and says in the model card how the weights were trained."""
         super()._save(output_dir, state_dict)
-        seek, velora, ist = (self._callback(kind) for kind in (SeekCallback, VeloraCallback, IstCallback))
+        folder = output_dir or self.args.output_dir
+        seek, velora = self._callback(SeekCallback), self._callback(VeloraCallback)
+        ist, lemo = self._callback(IstCallback), self._callback(LemoCallback)
         methods = {
             "seek": None if seek is None else asdict(seek.handle.config),
             "velora": None if velora is None else asdict(velora.config),
             "ist": None if ist is None else asdict(ist.config),
+            "lemo": None if lemo is None else asdict(lemo.config),
             "lean": self._callback(LeanCallback) is not None,
         }
         if any(methods.values()):
-            write_model_card(output_dir or self.args.output_dir, self.model, methods)
+            write_model_card(folder, self.model, methods)
+        if lemo is not None and lemo.config.predictor is not None:
+            copy_predictor(lemo.config.predictor, folder)
 
     def _velora_adamw(self, moments: str) -> tuple[type, dict]:
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        if kind is not torch.optim.AdamW:
-            raise ValueError(
-                f"compressed_state=True needs AdamW, got optim={self.args.optim.value!r}. Set optim='adamw_torch'."
-            )
-        return VeloraAdamW, {**options, "moments": moments}
+        return velora_adamw(kind, options, self.args.optim.value, moments)
 
     def _callback(self, kind: type):
         return next((c for c in self.callback_handler.callbacks if isinstance(c, kind)), None)
@@ -113,8 +121,8 @@ class TokenSeekTrainer(TokenSeekMixin, Trainer):
     Drop-in for [`~transformers.Trainer`]: the same model, trained with a fraction of the activation memory.
 
     Takes what `Trainer` takes. With plain `TrainingArguments` TokenSeek is on with its defaults; with
-    [`TokenSeekArguments`] the fields `seek`, `velora`, `ist` and `lean` decide. Logs `seek/...`, `velora/...`,
-    `ist/...`, `memory/...` and `speed/...`.
+    [`TokenSeekArguments`] the fields `seek`, `velora`, `ist`, `lemo` and `lean` decide. Logs `seek/...`, `velora/...`,
+    `ist/...`, `lemo/...`, `memory/...` and `speed/...`.
 
     ```python
     trainer = TokenSeekTrainer(model, args=TokenSeekArguments(output_dir="out", seek={"context": 0.2}), ...)

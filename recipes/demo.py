@@ -2,7 +2,8 @@
 
     python -m recipes.demo [any option of recipes.sft, given to both runs, e.g. --max_steps 50]
 
-Writes `outputs/demo/`: the two models, `report.md` and `report.json` (the table), `curves.png`, `samples.md`.
+Writes `outputs/demo/`: the two models, `report.html` (both runs side by side), `report.md` and `report.json` (the
+table), `curves.png`, `samples.md`.
 """
 
 import json
@@ -19,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hf_tokenseek.report.page import PAGE, write_page
 from recipes.data import encode, prompt_ids
 from recipes.models import load_smollm2
 from recipes.python_docstrings import python_docstrings
@@ -160,11 +162,13 @@ def main(options: Sequence[str]) -> None:
     (OUTPUT / "report.md").write_text(report + "\n")
     (OUTPUT / "report.json").write_text(json.dumps(summaries, indent=2) + "\n")
     draw(logs, OUTPUT / "curves.png")
+    write_page([OUTPUT / method for method in METHODS], OUTPUT / PAGE)
     print(f"\n{report}\n", flush=True)
     examples = samples()
     (OUTPUT / "samples.md").write_text(examples + "\n")
     print(
-        f"{examples}\nWritten to {OUTPUT.relative_to(ROOT)}/: report.md, report.json, curves.png, samples.md, models."
+        f"{examples}\nWritten to {OUTPUT.relative_to(ROOT)}/: {PAGE} (open it in a browser), report.md, report.json, "
+        "curves.png, samples.md, models."
     )
 
 

@@ -10,8 +10,8 @@ Options stand in the file, on the command line, or in both (the command line win
         recipes/sft.py --config recipes/configs/sft_tokenseek.yaml
     python recipes/sft.py --help
 
-It evaluates on held-out records before and after the training, and saves model, tokenizer and `trainer_state.json`
-into `output_dir`, from where `AutoModelForCausalLM.from_pretrained` loads them again.
+It evaluates on held-out records before and after the training, and saves model, tokenizer, `trainer_state.json` and
+`report.html` into `output_dir`, from where `AutoModelForCausalLM.from_pretrained` loads the model again.
 """
 
 import sys
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hf_tokenseek import TokenSeekArguments, TokenSeekTrainer
+from hf_tokenseek.callbacks import ReportCallback
 from recipes.checks import check_disk, check_lengths, check_records, check_strategy
 from recipes.command import begin, read_options, run, start
 from recipes.data import PadCollator, encode
@@ -99,9 +100,21 @@ class DataArguments:
     max_length: int = field(default=1024, metadata={"help": "Most tokens of a sequence."})
 
 
-def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TokenSeekArguments]:
+@dataclass
+class TrainingRecipeArguments(TokenSeekArguments):
+    """[`TokenSeekArguments`], and what the recipe itself decides.
+
+    Args:
+        report (`bool`, *optional*, defaults to `True`):
+            Write `report.html` into `output_dir`, see [`~hf_tokenseek.callbacks.ReportCallback`].
+    """
+
+    report: bool = field(default=True, metadata={"help": "Write report.html into output_dir."})
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TrainingRecipeArguments]:
     """The options of `--config FILE` and the command line; raises as [`~recipes.command.read_options`] does."""
-    return read_options(argv, (ModelArguments, DataArguments, TokenSeekArguments), "recipes/sft.py", __doc__)
+    return read_options(argv, (ModelArguments, DataArguments, TrainingRecipeArguments), "recipes/sft.py", __doc__)
 
 
 def load_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> tuple[Encoded, Encoded]:
@@ -157,6 +170,7 @@ def prepare(argv: Sequence[str]) -> TokenSeekTrainer:
         eval_dataset=eval_dataset,
         data_collator=PadCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
+        callbacks=[ReportCallback()] if training_arguments.report else None,
     )
     check_strategy(trainer.accelerator)
     return trainer

@@ -27,11 +27,11 @@ from bench_common import (
     judge,
     markdown_table,
 )
-from bench_fake import LiveMemoryInside, fake_tensors
 from torch import Tensor, nn
 
 from hf_tokenseek import SeekConfig
-from hf_tokenseek.memory import SavedActivations
+from hf_tokenseek.memory import LiveMemory, SavedActivations
+from hf_tokenseek.memory.fake import fake_tensors
 from tokenseek_kernels.scores import WORKSPACE_MIB
 
 LLAMA_1B = {
@@ -92,7 +92,7 @@ def measure(model: nn.Module, row: ways.Row, ids: Tensor) -> dict[str, int]:
     labels = ways.label(ids, row.labelled)
     model.zero_grad(set_to_none=True)
     gc.collect()
-    with ways.prepared(model, row), LiveMemoryInside(model, ids, labels) as live:
+    with ways.prepared(model, row), LiveMemory(model, ids, labels) as live:
         with SavedActivations(model) as saved:
             total = ways.forward_loss(model, row, ids, labels, planned=True)
         figures = {"saved_bytes": saved.bytes, "alive_bytes": live.bytes - live.base_bytes}

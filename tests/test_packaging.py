@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"hf_tokenseek": ROOT / "hf_tokenseek", "tokenseek_kernels": ROOT / "kernels" / "tokenseek_kernels"}
+# what the report's page is made of
+DATA = ("*.jinja", "*.css", "*.js")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,8 @@ def test_the_wheel_holds_both_packages_whole_and_nothing_else(wheel):
     expected = {
         f"{name}/{file.relative_to(folder).as_posix()}"
         for name, folder in PACKAGES.items()
-        for file in folder.rglob("*.py")
+        for pattern in ("*.py", *DATA)
+        for file in folder.rglob(pattern)
     }
     found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert found == expected

@@ -2,8 +2,10 @@
 
 from .ist import IstCallback
 from .lean import LeanCallback
+from .lemo import LemoCallback
 from .logging import LoggedMetrics
 from .memory import MemoryCallback
+from .report import ReportCallback
 from .seek import SeekCallback
 from .stateful import StatefulCallback
 from .velora import VeloraCallback
@@ -11,8 +13,10 @@ from .velora import VeloraCallback
 __all__ = [
     "IstCallback",
     "LeanCallback",
+    "LemoCallback",
     "LoggedMetrics",
     "MemoryCallback",
+    "ReportCallback",
     "SeekCallback",
     "StatefulCallback",
     "VeloraCallback",

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..forwarding import autocast, mixed_precision, named_inputs
 from ..parameters import numel_of
-from ..patching import find_causal_lm, find_layers
+from ..patching import find_causal_lm, find_layers, patched_by
 from ..seek.ranks import mean_over_ranks
 from .config import LEARNED, IstConfig
 from .gates import Gate, trained_parameters, tuners
@@ -49,7 +49,7 @@ class IstHandle:
     def __init__(self, model: nn.Module, config: IstConfig):
         self.attached_to, self.model, self.config = model, find_causal_lm(model), config
         _, self.layers = find_layers(self.model)
-        if any(isinstance(getattr(layer.forward, "__self__", None), Gate) for layer in self.layers):
+        if any(patched_by(layer, Gate) for layer in self.layers):
             raise ValueError("Sparse tuning is attached to this model already. Call undo() on the first handle.")
         self.trained = [index for index, layer in enumerate(self.layers) if trained_parameters(layer)]
         check_layers(self.model, self.layers, self.trained, config)

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from ..patching import PatchedForward, recomputed_within
 
 
 class Gate:
@@ -25,46 +28,19 @@ class Gate:
 
     def __init__(self, layer: nn.Module):
         self.layer, self.idle, self.cut = layer, False, False
-        self.original: Callable = layer.forward
-        self.before = {name: value for name, value in vars(layer).items() if name == "forward"}
-        layer.forward = self.forward
-
-    def forward(self, *args, **kwargs):
-        """The layer's own, with the weights as this period has them."""
-        if not (self.idle and torch.is_grad_enabled()):
-            return self.original(*args, **kwargs)
-        # reentrant checkpointing wants an output that leads back to the input
-        if self.cut and not _is_reentrant(self.layer):
-            with torch.no_grad():
-                return self.original(*args, **kwargs)
-        with frozen(self.layer), self._frozen_recomputation():
-            return self.original(*args, **kwargs)
-
-    @contextmanager
-    def _frozen_recomputation(self) -> Iterator[None]:
-        """Some versions of transformers checkpoint inside of a layer's forward: what runs again is frozen as well."""
-        checkpoint = vars(self.layer).get("_gradient_checkpointing_func")
-        if checkpoint is None:
-            yield
-            return
-
-        def checkpoint_frozen(function: Callable, *args, **kwargs):
-            def run(*args, **kwargs):
-                with frozen(self.layer):
-                    return function(*args, **kwargs)
-
-            return checkpoint(run, *args, **kwargs)
-
-        self.layer._gradient_checkpointing_func = checkpoint_frozen
-        try:
-            yield
-        finally:
-            self.layer._gradient_checkpointing_func = checkpoint
+        self.patch = PatchedForward(layer, self._run, when=lambda: self.idle and torch.is_grad_enabled())
 
     def undo(self) -> None:
         """Gives the layer its forward back."""
-        del self.layer.forward
-        vars(self.layer).update(self.before)
+        self.patch.undo()
+
+    def _run(self, original: Callable, args: tuple, kwargs: dict):
+        # reentrant checkpointing wants an output that leads back to the input
+        if self.cut and not _is_reentrant(self.layer):
+            with torch.no_grad():
+                return original(*args, **kwargs)
+        with recomputed_within(self.layer, partial(frozen, self.layer)):
+            return original(*args, **kwargs)
 
 
 @contextmanager

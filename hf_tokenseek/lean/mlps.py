@@ -57,7 +57,7 @@ def form_of(module: nn.Module) -> Form | None:
 
 def lean_forward(module: nn.Module, form: Form, dtype: torch.dtype) -> tuple[Callable, Trial] | None:
     """A forward that computes what `module` does, and its trial in `dtype`; `None` if the form does not fit."""
-    activation = _name_of(getattr(module, form.activation))
+    activation = activation_name(getattr(module, form.activation))
     if activation is None:
         return None
 
@@ -118,7 +118,7 @@ def _is_hooked(module: nn.Module) -> bool:
     )
 
 
-def _name_of(activation: nn.Module) -> str | None:
+def activation_name(activation: nn.Module) -> str | None:
     """Our name of a transformers activation module."""
     for name, ours in ACTIVATIONS.items():
         if type(activation) is type(ACT2FN[name]):

@@ -1,5 +1,7 @@
 """What autograd keeps for backward, counted while it is being saved."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,8 @@ class SavedActivations:
     Args:
         model (`nn.Module`, *optional*):
             Its buffers, and whatever shares a storage with its parameters, are no activations.
+        seen (`Callable`, *optional*):
+            Called with each tensor that is saved and counts.
 
     Attributes:
         bytes (`int`): Bytes alive now.
@@ -39,8 +43,8 @@ class SavedActivations:
         tensors (`int`): How often autograd has saved a tensor.
     """
 
-    def __init__(self, model: nn.Module | None = None):
-        self._ignored = LiveStorages()
+    def __init__(self, model: nn.Module | None = None, seen: Callable[[Tensor], None] | None = None):
+        self._ignored, self._seen = LiveStorages(), seen
         for tensor in () if model is None else (*model.parameters(), *model.buffers()):
             self._ignored.add(tensor)
         self._reset()
@@ -75,6 +79,8 @@ class SavedActivations:
         self.tensors += 1
         if not _is_parameter(tensor):
             self._storages.add(tensor)
+            if self._seen is not None:
+                self._seen(tensor)
         # an operator may save its own output: kept with its graph, the graph would keep itself alive
         return tensor if tensor.grad_fn is None else tensor.detach()
 

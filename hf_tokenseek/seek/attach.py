@@ -11,11 +11,11 @@ from ..parameters import trained_share
 from ..patching import PatchedForward, find_causal_lm, leads_to
 from .adapters import check_adapters
 from .attention import register_attention
-from .batch import Sizes
+from .batch import Batch, Sizes
 from .config import SeekConfig
 from .cost import Cost
 from .heads import FusedHead, LossHead
-from .metrics import SeekMetrics
+from .metrics import SeekMetrics, Trained
 from .micro_batch import count_items, read, train_plainly, train_selected
 from .passes import Decoder
 from .probe import compare_gradients
@@ -35,6 +35,9 @@ class SeekHandle:
         selection (`torch.LongTensor` of shape `(batch, k)`): rows of the last training forward, -1 padded.
         metrics ([`SeekMetrics`]): what was measured since they were last read.
         autocast (`torch.dtype`, *optional*): to compute under where nobody outside of the forward sees to it.
+        observers (`list[Callable]`):
+            Each is called with the [`Batch`] and what was [`Trained`] after every training forward. They have to be
+            quick: read from no device, keep nothing of what they are given.
 
     Raises:
         ValueError: the model or its adapters are not supported, or it is attached already.
@@ -53,6 +56,7 @@ class SeekHandle:
         self.signature = inspect.signature(self.model.forward)
         self.metrics = SeekMetrics()
         self.selection: Tensor | None = None
+        self.observers: list[Callable[[Batch, Trained], None]] = []
         self.step, self.micro_step = 0, 0
         self._running = False
         self._patch_forward()
@@ -81,13 +85,14 @@ class SeekHandle:
         self.patch.undo()
         self._guard.remove()
 
-    def train_forward(self, seek_sizes: Sizes | None = None, fused: Callable | None = None, **inputs):
+    def train_forward(self, seek_sizes: Sizes | None = None, fused: Callable | None = None, lemo=None, **inputs):
         """
         The training forward of the patched model.
 
         Args:
             seek_sizes ([`Sizes`], *optional*): planned beforehand; otherwise read from labels and mask.
             fused (`Callable`, *optional*): the forward with trl's fused head, if its output is asked for.
+            lemo ([`Elimination`], *optional*): which tokens the layers run on.
             inputs: what the model's forward takes.
 
         Returns:
@@ -97,6 +102,7 @@ class SeekHandle:
             ValueError: there are no labels, or an argument that TokenSeek cannot select rows of.
         """
         batch, plain_inputs = read(inputs, self.config, self.model.config.model_type, seek_sizes)
+        batch.lemo = lemo
         cost = Cost.of(self.model)
 
         def train(plainly: bool, head: LossHead | FusedHead):
@@ -114,6 +120,8 @@ class SeekHandle:
         self.micro_step += 1
         self.selection = done.selection.rows
         self.metrics.observe(batch, done, cost)
+        for observe in self.observers:
+            observe(batch, done)
         return head.answer(done.loss / count_items(inputs.get("num_items_in_batch"), batch))
 
     def swapped(self) -> str:

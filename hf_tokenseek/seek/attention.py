@@ -36,24 +36,35 @@ class ScoutState:
         """Bytes of the keys and values kept."""
         return sum(tensor.nbytes for pair in self.kept.values() for tensor in pair)
 
-    def attend(self, module, query, key, value, **rule) -> Tensor:
-        """Plain attention of all rows; `(batch, n, heads, value_dim)`."""
+    def keep(self, module: torch.nn.Module, key: Tensor, value: Tensor) -> None:
+        """
+        Keeps what an attention module's queries see.
+
+        Raises:
+            ValueError: the module has run before.
+        """
         if module in self.kept:
             raise ValueError(
                 f"{type(module).__name__} ran twice in one forward pass: a layer that is shared between depths cannot "
                 "keep its keys and values. TokenSeek does not support this model."
             )
-        self.kept[module] = kept = _compact(key.detach()), _compact(value.detach())
+        self.kept[module] = key, value
+
+    def add_mass(self, mass: Tensor) -> None:
+        """Adds the attention that each position received in one layer, `(batch, n)`."""
+        self.mass = mass if self.mass is None else self.mass.add_(mass)
+
+    def attend(self, module, query, key, value, **rule) -> Tensor:
+        """Plain attention of all rows; `(batch, n, heads, value_dim)`."""
+        key_kept, value_kept = compact(key), compact(value)
+        self.keep(module, key_kept, value_kept)
         if self.mass_rows is not None and self.last_of in (None, len(self.kept)):
             own = {**rule, "sinks": None if rule["sinks"] is None else rule["sinks"].detach()}
             index = self.mass_rows.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
-            mass = attention_mass(query.detach().gather(2, index), kept[0], self.mass_rows, self.segments, **own)
-            self.mass = mass if self.mass is None else self.mass.add_(mass)
-        if query.requires_grad:
-            # the paper's partial backward runs through the last block
-            rows = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
-            copies = kept[0].clone(), kept[1].clone()
-            return selected_attention(query, key, value, *copies, rows, self.segments, **rule)
+            self.add_mass(
+                attention_mass(query.detach().gather(2, index), key_kept, self.mass_rows, self.segments, **own)
+            )
+        # with gradient where the paper's partial backward runs through the last block
         return causal_attention(query, key, value, self.segments, **rule)
 
 
@@ -75,8 +86,9 @@ class DitchState:
         return selected_attention(query, key, value, *self.kept[module], self.rows, self.segments, **rule)
 
 
-def _compact(states: Tensor) -> Tensor:
-    """The tensor in a storage of its own size: a slice of a fused projection would keep the whole of it alive."""
+def compact(states: Tensor) -> Tensor:
+    """Without gradient, in a storage of its own size: a slice of a fused projection would keep all of it alive."""
+    states = states.detach()
     own_size = states.untyped_storage().nbytes() == states.numel() * states.element_size()
     return states if own_size else states.clone(memory_format=torch.contiguous_format)
 

@@ -1,7 +1,10 @@
 """What one micro-batch looks like to TokenSeek: targets, documents, positions, and the sizes of its selection."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +64,7 @@ class Batch:
         targets (`torch.LongTensor` of shape `(batch, n)`): the label that position `i` predicts (`labels[i + 1]`),
             -100 where there is none and on padding.
         sizes (`Sizes`): the sizes of the selection.
+        lemo ([`Elimination`], *optional*): which tokens the layers run on, if not on all.
     """
 
     tokens: Tensor
@@ -68,11 +72,28 @@ class Batch:
     segments: Tensor
     targets: Tensor
     sizes: Sizes
+    lemo: Any = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(batch, n)`."""
         return tuple(self.targets.shape)
+
+    @property
+    def lemo_inputs(self) -> dict:
+        """LeMo's keyword for the backbone; without LeMo none, which layers would hand down to their attention."""
+        return {} if self.lemo is None else {"lemo": self.lemo}
+
+    def computed(self) -> "Batch":
+        """The same batch with tokens that have missed a layer as padding: nothing can be trained through them."""
+        if self.lemo is None:
+            return self
+        missed = ~self.lemo.computed()
+        return replace(
+            self,
+            segments=self.segments.masked_fill(missed, -1),
+            targets=self.targets.masked_fill(missed, IGNORE),
+        )
 
     @property
     def visibility(self) -> Tensor | None:
@@ -119,16 +140,14 @@ def prepare(
             f"`cu_seq_lens_q` limits the documents of one packed sequence, got it with a batch of {batch}. Flatten "
             "the batch to one sequence, or mark documents by position_ids."
         )
-    segments = _segments(batch, n, tokens.device, attention_mask, position_ids, cu_seq_lens)
+    segments = segments_of(batch, n, tokens.device, attention_mask, position_ids, cu_seq_lens)
     if position_ids is None:
         position_ids = torch.arange(n, device=tokens.device).expand(batch, n)
         if positions_from_mask and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(1) * attention_mask - 1).long()
-    targets = F.pad(labels, (0, 1), value=IGNORE)[:, 1:].masked_fill(segments < 0, IGNORE)
+    targets = targets_of(labels, segments)
     if sizes is None:
-        counts = torch.stack([(segments >= 0).sum(1), (targets != IGNORE).sum(1), _is_simple(segments)], 1).tolist()
-        real, labelled, simple = zip(*counts, strict=True)
-        sizes = Sizes.plan(list(real), list(labelled), all(simple), config)
+        sizes = Sizes.plan(*count_tokens(segments, targets), config)
     return Batch(tokens, position_ids.expand(batch, n), segments, targets, sizes)
 
 
@@ -137,7 +156,15 @@ def _share(share: float, count: int) -> int:
     return math.ceil(share * count * (1 - 1e-12))
 
 
-def _segments(batch, n, device, attention_mask, position_ids, cu_seq_lens) -> Tensor:
+def segments_of(
+    batch: int,
+    n: int,
+    device: torch.device,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens: Tensor | None = None,
+) -> Tensor:
+    """The document that each token belongs to, -1 for padding; arguments as in [`prepare`]. Shape `(batch, n)`."""
     if cu_seq_lens is not None:
         # tokens behind the last document are padding
         own = torch.bucketize(torch.arange(n, device=device), cu_seq_lens.to(device).long(), right=True) - 1
@@ -148,6 +175,34 @@ def _segments(batch, n, device, attention_mask, position_ids, cu_seq_lens) -> Te
         # the rule of transformers: where positions do not grow by one, a new document begins
         return F.pad((position_ids.diff(dim=1) != 1).long().cumsum(1), (1, 0)).expand(batch, n)
     return torch.zeros(batch, n, dtype=torch.long, device=device)
+
+
+def targets_of(labels: Tensor, segments: Tensor) -> Tensor:
+    """The label that each position predicts, -100 where there is none and on padding. Shape `(batch, n)`."""
+    return F.pad(labels, (0, 1), value=IGNORE)[:, 1:].masked_fill(segments < 0, IGNORE)
+
+
+_known: tuple[list[int], list[int], bool] | None = None
+
+
+@contextmanager
+def known_counts(real: list[int], labelled: list[int], simple: bool = True) -> Iterator[None]:
+    """Inside the block [`count_tokens`] returns this without looking: fake tensors hold no numbers to count."""
+    global _known
+    before, _known = _known, (real, labelled, simple)
+    try:
+        yield
+    finally:
+        _known = before
+
+
+def count_tokens(segments: Tensor, targets: Tensor) -> tuple[list[int], list[int], bool]:
+    """Real and labelled tokens a sequence, and whether causality is the whole rule; waits for the device once."""
+    if _known is not None:
+        return _known
+    counts = torch.stack([(segments >= 0).sum(1), (targets != IGNORE).sum(1), _is_simple(segments)], 1).tolist()
+    real, labelled, simple = zip(*counts, strict=True)
+    return list(real), list(labelled), all(simple)
 
 
 def _is_simple(segments: Tensor) -> Tensor:

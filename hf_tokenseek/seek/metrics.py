@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .batch import IGNORE, Batch, Sizes
 from .cost import Cost
-from .select import Selection
+from .scores import Scouted
+from .select import DITCHED, Selection
 
 
 @dataclass
@@ -18,14 +19,16 @@ class Trained:
     Args:
         loss (`torch.Tensor`): the summed (weighted) loss, connected to every parameter.
         selection ([`Selection`]): the rows that were trained.
-        mass (`torch.FloatTensor` of shape `(batch, n)`, *optional*): attention mass, if the score collected it.
+        scouted ([`Scouted`], *optional*): what the scouting pass found.
+        scores (`torch.FloatTensor` of shape `(batch, n)`, *optional*): what was made of it.
         kept_bytes (`int`): bytes of scouted keys and values that the backward pass reads.
         plainly (`bool`): whether it was trained without selection.
     """
 
     loss: Tensor
     selection: Selection
-    mass: Tensor | None = None
+    scouted: Scouted | None = None
+    scores: Tensor | None = None
     kept_bytes: int = 0
     plainly: bool = False
 
@@ -66,16 +69,15 @@ class SeekMetrics:
         self._add("seek/plain_share", float(done.plainly))
         if done.plainly:
             return
-        rows = done.selection.rows
-        kept = torch.zeros(batch.shape, device=rows.device)
-        kept.scatter_reduce_(1, rows.clamp(min=0), (rows >= 0).float(), "amax")
+        kept = done.selection.kinds(n) != DITCHED
         unlabelled = ((batch.targets == IGNORE) & (batch.segments >= 0)).float()
         evidence = kept * unlabelled
-        places = torch.arange(n, device=rows.device) / max(1, n - 1)
+        places = torch.arange(n, device=kept.device) / max(1, n - 1)
         self._add("seek/mean_position", (evidence * places).sum() / evidence.sum().clamp(min=1))
-        if done.mass is not None:
-            total = (done.mass * unlabelled).sum().clamp(min=1e-12)
-            self._add("seek/evidence_mass", (done.mass * evidence).sum() / total)
+        if done.scouted is not None and done.scouted.mass is not None:
+            mass = done.scouted.mass
+            total = (mass * unlabelled).sum().clamp(min=1e-12)
+            self._add("seek/evidence_mass", (mass * evidence).sum() / total)
 
     def probe(self, found: dict[str, float]) -> None:
         """Adds a comparison with the full gradient."""

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ..families import POSITIONS_FROM_MASK
+from ..memory.phases import phase
 from ..seeds import mixed_seed
-from .batch import Batch, Sizes, prepare
+from .batch import IGNORE, Batch, Sizes, prepare
 from .config import SeekConfig
 from .cost import is_checkpointed
 from .heads import FusedHead, LossHead
@@ -58,7 +59,9 @@ def read(inputs: dict, config: SeekConfig, family: str, sizes: Sizes | None = No
 def train_plainly(decoder: Decoder, batch: Batch, plain_inputs: dict, head: LossHead | FusedHead) -> Trained:
     """Forward with gradient of every row, as without TokenSeek; the loss is a sum."""
     rows = torch.arange(batch.shape[1], device=batch.targets.device).expand(batch.shape)
-    loss = head(decoder.plain(plain_inputs), rows, batch.targets, None, sum(batch.sizes.labelled))
+    hidden = decoder.plain({**plain_inputs, **batch.lemo_inputs})
+    everything, batch = batch, batch.computed()
+    loss = head(hidden, rows, batch.targets, None, sum(batch.sizes.labelled)) * _standing_for(everything, batch)
     # reported as every selection: without padding, empty slots behind the real ones
     real = real_rows(batch)
     order = (real < 0).to(torch.int8).sort(stable=True).indices
@@ -73,13 +76,26 @@ def train_selected(
     """Scouts, scores, selects, runs the selected rows with gradient; `place` in the run seeds all that is random."""
     generator = torch.Generator().manual_seed(mixed_seed(config.seed, *place))
     score = SCORE_FUNCTIONS[config.score]
-    scouted, found = decoder.scout(batch, score, config.evidence_queries)
-    selection = select(score.compute(found, batch, config, generator), batch, config, generator)
+    with phase("scout"):
+        scouted, found = decoder.scout(batch, score, config.evidence_queries)
+    with phase("select"):
+        candidates = batch.computed()
+        scores = score.compute(found, candidates, config, generator)
+        selection = select(scores, candidates, config, generator)
     hidden = decoder.ditch(batch, scouted, selection)
     if is_checkpointed(decoder.model):
         hidden = hold(hidden, scouted)
     loss = head(hidden, selection.rows, selection.targets, selection.weights, sum(batch.sizes.loss))
-    return Trained(loss, selection, mass=found.mass, kept_bytes=scouted.nbytes)
+    loss = loss * _standing_for(batch, candidates)
+    return Trained(loss, selection, found, scores, kept_bytes=scouted.nbytes)
+
+
+def _standing_for(batch: Batch, computed: Batch) -> Tensor | float:
+    """How many labels each label stands for whose token no layer has left out."""
+    if batch.lemo is None:
+        return 1.0
+    labelled, left = ((part.targets != IGNORE).sum() for part in (batch, computed))
+    return labelled / left.clamp(min=1)
 
 
 def count_items(items: Tensor | int | None, batch: Batch) -> Tensor | int:

@@ -31,6 +31,15 @@ class Scouted:
     block_gradient: Tensor | None = None
     heads: int = 1
 
+    def terms(self) -> dict[str, Tensor]:
+        """What a score may be made of, as far as it was found, by a name for readers; each `(batch, n)`."""
+        found = {"attention mass": self.mass}
+        if self.head is not None:
+            found |= {"loss": self.head.loss, "entropy": self.head.entropy, "gradient norm": self.head.gradient_norm}
+        if self.block_gradient is not None:
+            found["gradient norm in the last block"] = self.block_gradient.float().norm(dim=-1)
+        return {name: value for name, value in found.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class Score:

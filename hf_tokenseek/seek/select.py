@@ -8,6 +8,9 @@ from torch import Tensor
 from .batch import IGNORE, Batch
 from .config import SeekConfig
 
+# what becomes of a position
+DITCHED, EVIDENCE, LOSS = 0, 1, 2
+
 
 @dataclass
 class Selection:
@@ -23,6 +26,12 @@ class Selection:
     rows: Tensor
     targets: Tensor
     weights: Tensor
+
+    def kinds(self, n: int) -> Tensor:
+        """`(batch, n)`: [`DITCHED`], [`EVIDENCE`] or [`LOSS`], position by position."""
+        kinds = torch.where(self.targets == IGNORE, EVIDENCE, LOSS).float() * (self.rows >= 0)
+        empty = kinds.new_zeros(len(kinds), n)
+        return empty.scatter_reduce(1, self.rows.clamp(min=0), kinds, "amax").long()
 
 
 def select(scores: Tensor, batch: Batch, config: SeekConfig, generator: torch.Generator | None = None) -> Selection:

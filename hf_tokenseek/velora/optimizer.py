@@ -4,6 +4,18 @@ import torch
 from torch import Tensor, nn
 
 
+def velora_adamw(kind: type, options: dict, optim: str, moments: str) -> tuple[type, dict]:
+    """
+    Class and options in place of those that the Trainer has found for `optim`.
+
+    Raises:
+        ValueError: it is another optimizer than AdamW.
+    """
+    if kind is not torch.optim.AdamW:
+        raise ValueError(f"compressed_state=True needs AdamW, got optim={optim!r}. Set optim='adamw_torch'.")
+    return VeloraAdamW, {**options, "moments": moments}
+
+
 class VeloraAdamW(torch.optim.AdamW):
     """
     [`torch.optim.AdamW`] for a model with `VeloraConfig(compressed_state=True)`.

@@ -1,6 +1,7 @@
 """Custom operators that cost nothing where nobody looks at operators."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,17 @@ class CustomOp:
         function (`Callable`): what it does; annotated, positional arguments.
         name (`str`): `"namespace::name"`.
         mutates_args (`Sequence[str]`, *optional*): the arguments it writes into.
+
+    Attributes:
+        bodies (`dict`): the function of each such operator, for whoever wants to see what happens inside of it.
     """
+
+    bodies: ClassVar[dict[Any, Callable]] = {}
 
     def __init__(self, function: Callable, name: str, mutates_args: Sequence[str] = ()):
         self.function, self.__doc__ = function, function.__doc__
         self.operator = torch.library.custom_op(name, function, mutates_args=mutates_args)
+        self.bodies[self.operator._opoverload] = function
         self.register_fake = self.operator.register_fake
 
     def __call__(self, *args):

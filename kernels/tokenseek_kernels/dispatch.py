@@ -1,11 +1,26 @@
 """Which implementation of an operation runs: chosen by the tensor's device, forced by `impl=`."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
 TRITON_DEVICES = ("cuda", "xpu")
+
+_planning = False
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Inside the block `"auto"` means what it means on a GPU, for fake tensors: nothing runs, only shapes count."""
+    global _planning
+    before, _planning = _planning, True
+    try:
+        yield
+    finally:
+        _planning = before
 
 
 def resolve_impl(impl: str, tensor: torch.Tensor, allowed: tuple[str, ...] = IMPLEMENTATIONS) -> str:
@@ -23,7 +38,7 @@ def resolve_impl(impl: str, tensor: torch.Tensor, allowed: tuple[str, ...] = IMP
     Raises:
         ValueError: `impl` is unknown, or it is `"triton"` and Triton cannot run on the tensor's device.
     """
-    on_gpu = tensor.device.type in TRITON_DEVICES
+    on_gpu = _planning or tensor.device.type in TRITON_DEVICES
     if impl == "auto":
         return "triton" if on_gpu and "triton" in allowed else "torch"
     if impl not in allowed:

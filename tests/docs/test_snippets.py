@@ -18,7 +18,7 @@ QUICK = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True,
 
 def snippets() -> list:
     found = []
-    for page in ("README.md", "docs/lean.md", "docs/velora.md", "docs/ist.md"):
+    for page in ("README.md", "docs/lean.md", "docs/velora.md", "docs/ist.md", "docs/report.md"):
         codes = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
         assert codes
         found += [pytest.param(code, id=f"{page}-{index}") for index, code in enumerate(codes)]

@@ -162,3 +162,20 @@ def test_errors_name_the_value_and_the_next_step():
         call(fresh=(key, value[:, :1]))
     with pytest.raises(ValueError, match=r"`segments` \(2, 5\)"):
         call(segments=torch.zeros(2, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("layout", ["whole", "left", "packed"])
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_are_those_of_the_definition(rule, layout):
+    leaves = [states.requires_grad_() for states in draw()]
+    options = dict(RULES[rule])
+    if "sinks" in options:
+        options["sinks"] = options["sinks"].clone().requires_grad_()
+        leaves.append(options["sinks"])
+    upstream = torch.randn(BATCH, KEYS, HEADS, 8, dtype=torch.float64)
+    found, truth = (
+        torch.autograd.grad(attend(*leaves[:3], LAYOUTS[layout], **options), leaves, upstream)
+        for attend in (causal_attention, loop)
+    )
+    for computed, expected in zip(found, truth, strict=True):
+        torch.testing.assert_close(computed, expected, rtol=1e-10, atol=1e-12)

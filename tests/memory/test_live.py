@@ -4,6 +4,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_tokenseek.memory import LiveMemory
+from tokenseek_kernels import linear_cross_entropy
 
 KIB = 1024
 
@@ -66,3 +67,15 @@ def test_fake_bytes_are_real_bytes(tiny_llama, checkpointing):
     base, after_forward, peak_forward, after_backward = real[:4]
     assert base < after_forward <= peak_forward
     assert base < after_backward
+
+
+def test_temporaries_inside_an_operator_are_in_the_peak():
+    arguments = torch.zeros(256, 64), torch.zeros(1000, 64), torch.zeros(256, dtype=torch.long)
+    peaks = []
+    for inside in (False, True):
+        with LiveMemory(arguments, inside=inside) as memory:
+            linear_cross_entropy(*arguments)
+        peaks.append(memory.peak_bytes - memory.base_bytes)
+    assert peaks[0] < 2**14
+    assert peaks[1] >= 256 * 1000 * 4
+    assert memory.inside_bytes >= 256 * 1000 * 4

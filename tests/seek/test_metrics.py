@@ -5,6 +5,7 @@ from hf_tokenseek import SeekConfig
 from hf_tokenseek.seek.batch import prepare
 from hf_tokenseek.seek.cost import Cost
 from hf_tokenseek.seek.metrics import SeekMetrics, Trained
+from hf_tokenseek.seek.scores import Scouted
 from hf_tokenseek.seek.select import Selection
 
 N = 11
@@ -24,7 +25,7 @@ def observe(metrics, plainly=False, mass=True):
     rows = torch.tensor([[2, 5, 8, 9], [0, 8, -1, -1]])
     received = torch.arange(1.0, 2 * N + 1).view(2, N) if mass else None
     selection = Selection(rows, torch.zeros_like(rows), torch.ones(rows.shape))
-    metrics.observe(batch, Trained(torch.tensor(1.0), selection, received, 1024, plainly), Cost(3.0))
+    metrics.observe(batch, Trained(torch.tensor(1.0), selection, Scouted(received), None, 1024, plainly), Cost(3.0))
 
 
 def test_figures_of_one_micro_batch():

@@ -215,11 +215,11 @@ def causal_attention(
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor | None]:
     """
-    Attention of *all* rows under the same rule on positions, without gradient: what the scouting pass runs.
+    Attention of *all* rows under the same rule on positions.
 
     Takes torch's own fused attention where nothing but causality applies (bit for bit what `sdpa` models compute);
     otherwise one launch of the Triton kernel, or on the CPU blocks of rows that read only the keys a causal row can
-    see.
+    see. Where a gradient is asked for, it is [`selected_attention`] of all rows.
 
     Args:
         query (`torch.Tensor` of shape `(batch, heads, n, dim)`):
@@ -249,12 +249,21 @@ def causal_attention(
         grouped = heads != key.shape[1]
         output = F.scaled_dot_product_attention(query, key, value, is_causal=n > 1, scale=scale, enable_gqa=grouped)
         output = output.transpose(1, 2).contiguous()
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, sinks)):
+        output = _differentiable(query, key, value, segments, scale, softcap, window, sinks, impl)
     elif impl == "triton":
         rows = torch.arange(n, device=query.device).expand(batch, n)
         output, lse = _forward_op(query, key, value, rows, segments, scale, softcap, window, sinks, impl)
     else:
         output = _causal_blocks(query, key, value, segments, scale, softcap, window, sinks)
     return (output, lse) if return_lse else output
+
+
+def _differentiable(query, key, value, segments, scale, softcap, window, sinks, impl) -> Tensor:
+    rows = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
+    copies = key.detach().clone(), value.detach().clone()
+    rule = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
+    return selected_attention(query, key, value, *copies, rows, segments, impl=impl, **rule)
 
 
 def _causal_blocks(query, key, value, segments, scale, softcap, window, sinks) -> Tensor:

@@ -1,0 +1,216 @@
+"""LeMo on one model instance: attach, choose, report, undo."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..forwarding import autocast, mixed_precision, named_inputs
+from ..patching import PatchedForward, find_causal_lm, find_layers, leads_to, patched_by
+from ..seek.attach import SeekHandle
+from ..seek.attention import register_attention
+from ..seek.batch import IGNORE, count_tokens, segments_of, targets_of
+from .blocks import Blocks
+from .config import LemoConfig
+from .elimination import Elimination
+from .layer import SparseLayer
+from .neurons import NeuronMlp
+from .predictor import Predictor
+from .refusals import check_model
+from .scores import Scorer
+from .sublayers import Sublayers
+from .telemetry import Telemetry, chosen
+
+
+class LemoHandle:
+    """
+    Makes each layer of a model instance run on the tokens it keeps, while the model trains.
+
+    Args:
+        model (`nn.Module`): a supported causal language model, possibly inside PEFT.
+        config ([`LemoConfig`]): how many tokens, and which.
+
+    Attributes:
+        shares (`list[float]`): share of blocks that each layer keeps (at most, with thresholds).
+        elimination ([`Elimination`], *optional*): the choices of the last forward pass.
+        telemetry ([`Telemetry`]): figures since they were last read.
+
+    Raises:
+        ValueError: the model is not supported, or it is attached already.
+    """
+
+    def __init__(self, model: nn.Module, config: LemoConfig):
+        self.model, self.config = find_causal_lm(model), config
+        check_model(self.model)
+        path, layers = find_layers(self.model)
+        if patched_by(layers[0], SparseLayer):
+            raise ValueError("LeMo is attached to this model already. Call undo() on the first handle.")
+        self.layers_path, self.shares = path, config.shares(len(layers))
+        sublayers = [None if config.mlp == "tokens" else Sublayers(layer) for layer in layers]
+        neurons = [own.mlp for own, share in zip(sublayers, self.shares, strict=True) if own and share < 1]
+        self._neurons = [NeuronMlp(mlp, config.neurons) for mlp in neurons] if config.mlp == "neurons" else []
+        self.original_attention = self.model.config._attn_implementation
+        self._owns_attention = not self.original_attention.startswith("tokenseek_")
+        if self._owns_attention:
+            self.model.set_attn_implementation(register_attention(self.original_attention))
+        self._predictor = None if config.predictor is None else Predictor.load(config.predictor, self.model, config)
+        self.step, self.micro_step = 0, 0
+        self.elimination: Elimination | None = None
+        self.telemetry = Telemetry()
+        self.signature = inspect.signature(self.model.forward)
+        self._always = False
+        self._layers = [
+            SparseLayer(layer, index, own, config)
+            for index, (layer, own) in enumerate(zip(layers, sublayers, strict=True))
+        ]
+        self._patch_forward()
+
+    @property
+    def leaves_out_labels(self) -> bool:
+        """Whether labels of tokens that have missed a layer do not count."""
+        return self.config.loss == "kept" and self.config.mode == "elide"
+
+    def begin_step(self, step: int) -> None:
+        """Tells which optimizer step the coming micro-batches belong to: it seeds all that is random."""
+        self.step, self.micro_step = step, 0
+
+    def resume(self) -> None:
+        """Goes around whatever has replaced the model's forward since: trl's fused head, or TokenSeek."""
+        seek = patched_by(self.model, SeekHandle)
+        inside = seek is not None and leads_to(seek.patch.forward, self._patch.forward)
+        if inside or not leads_to(self.model.forward, self._patch.forward):
+            self._patch.undo()
+            self._patch_forward()
+
+    def undo(self) -> None:
+        """Gives the model its own forwards back."""
+        self._patch.undo()
+        for patched in reversed([*self._neurons, *self._layers]):
+            patched.undo()
+        if self._owns_attention:
+            self.model.set_attn_implementation(self.original_attention)
+
+    @contextmanager
+    def everywhere(self) -> Iterator[None]:
+        """Inside the block layers drop tokens in evaluation, too: what the sparse model is worth."""
+        self._always = True
+        try:
+            yield
+        finally:
+            self._always = False
+
+    def begin(self, segments: Tensor, targets: Tensor, real: list[int], simple: bool) -> Elimination:
+        """
+        Begins the choices of one forward pass.
+
+        Args:
+            segments (`torch.LongTensor` of shape `(batch, n)`): document numbers, -1 for padding.
+            targets (`torch.LongTensor` of shape `(batch, n)`): what each position predicts, -100 for nothing.
+            real (`list[int]`): real tokens of each sequence.
+            simple (`bool`): one document a sequence without padding on the left.
+        """
+        config, every = self.config, self.config.probe_steps
+        probing = bool(every) and self.micro_step == 0 and self.step % every == 0
+        scorer = Scorer(config, (self.step, self.micro_step), self._predictor)
+        blocks = Blocks(segments, targets, real, config)
+        self.elimination = Elimination(blocks, config, self.shares, scorer, simple, self.telemetry, probing)
+        self.micro_step += 1
+        return self.elimination
+
+    @property
+    def kept_blocks(self) -> list[list[int]]:
+        """How many sequences of the last forward pass kept each block, layer by layer; reads from the device."""
+        if self.elimination is None:
+            return []
+        blocks = self.elimination.blocks
+        counts = [
+            chosen(kept, blocks.count) if (kept := self.elimination.kept.get(layer)) else blocks.exists
+            for layer in range(len(self.shares))
+        ]
+        return torch.stack(counts).sum(1).tolist()
+
+    def swapped(self) -> str:
+        """A table of what runs on how many tokens; bytes saved by a layer follow its share."""
+        config, layers = self.config, len(self.shares)
+        how = f"thresholds within {config.bounds}" if config.thresholds is not None else f"keep={config.keep}"
+        lines = [
+            f"LeMo on {type(self.model).__name__}: {how}, block={config.block}, score={config.score}, "
+            f"mode={config.mode}, mlp={config.mlp}"
+        ]
+        first = 0
+        for layer in range(1, layers + 1):
+            if layer == layers or self.shares[layer] != self.shares[first]:
+                share = self.shares[first]
+                does = "all tokens" if share == 1 else f"{share:.3g} of the blocks"
+                lines.append(f"  layers {f'{first} to {layer - 1}':10} run on {does}")
+                first = layer
+        saved = "computed without gradient" if config.mode == "detach" else "handed on"
+        mean = sum(self.shares) / layers
+        lines.append(f"  dropped tokens are {saved}; activations of layers: {mean:.3f} of the plain model's bytes")
+        return "\n".join(lines)
+
+    def report(self) -> str:
+        """The table, and the figures since they were last read."""
+        figures = [f"  {name} {value:.4g}" for name, value in self.telemetry.read(reset=False).items()]
+        return "\n".join([self.swapped(), *figures])
+
+    def _patch_forward(self) -> None:
+        self._patch = PatchedForward(self.model, self._forward, when=self._is_wanted)
+        self._autocast = mixed_precision(self.model)
+
+    def _is_wanted(self) -> bool:
+        return self._always or (self.model.training and torch.is_grad_enabled())
+
+    @torch.compiler.disable
+    def _forward(self, original: Callable, args: tuple, kwargs: dict):
+        named = named_inputs(self.signature, args, kwargs)
+        tokens = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
+        mask = named.get("attention_mask")
+        if mask is not None and mask.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"LeMo reads a 2-D attention mask of shape {tuple(tokens.shape[:2])}, got {tuple(mask.shape)}. Pass "
+                "the padding mask; causal, windowed and packed masks follow from positions."
+            )
+        segments = segments_of(
+            *tokens.shape[:2], tokens.device, mask, named.get("position_ids"), named.get("cu_seq_lens_q")
+        )
+        labels = named.get("labels")
+        if labels is None and self.leaves_out_labels and not self._always:
+            raise ValueError(
+                "LeMo with loss='kept' needs `labels` in the model's inputs while training. Label smoothing and "
+                "compute_loss_func take them away: leave those out, or set loss='all' or mode='detach'."
+            )
+        targets = torch.full_like(segments, IGNORE) if labels is None else targets_of(labels, segments)
+        real, _, simple = count_tokens(segments, targets)
+        elimination = self.begin(segments, targets, real, simple)
+        # a cache would keep keys and values of all layers, and hand them to layers that keep other rows
+        named |= {"use_cache": False, "lemo": elimination}
+        with autocast(self.model.device, self._autocast):
+            # TokenSeek computes the loss itself, and selects among what every layer keeps
+            if labels is None or not self.leaves_out_labels or patched_by(self.model, SeekHandle):
+                return original(**named)
+            return self._with_kept_labels(original, named, elimination, targets != IGNORE)
+
+    def _with_kept_labels(self, original: Callable, named: dict, elimination: Elimination, labelled: Tensor):
+        """The loss of labels that are predicted by tokens which every layer has computed; they stand for all."""
+        named["labels"] = labels = named["labels"].clone()
+        share = []
+
+        def leave_out(*_) -> None:
+            counts = elimination.computed() & labelled
+            # a micro-batch that has lost all of its labels keeps them
+            counts = torch.where(counts.any(), counts, labelled)
+            labels[:, 1:].masked_fill_(~counts[:, :-1], IGNORE)
+            share.append(counts.sum() / labelled.sum().clamp(min=1))
+
+        hook = self.model.base_model.register_forward_hook(leave_out)
+        try:
+            output = original(**named)
+        finally:
+            hook.remove()
+        if named.get("num_items_in_batch") is not None:
+            # it counts all labels
+            output.loss = output.loss / share[-1].clamp(min=torch.finfo(torch.float32).tiny)
+        return output

@@ -1,0 +1,147 @@
+"""A micro-batch cut into blocks of real tokens, and the choice among them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..seek.batch import IGNORE
+from .config import LemoConfig
+
+# what comes first when blocks are chosen: sinks and recent ones, labelled ones, the others; never what does not exist
+ALWAYS, LABELLED, OTHER, ABSENT = 3, 2, 1, 0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """
+    What a layer keeps.
+
+    Args:
+        blocks (`torch.LongTensor` of shape `(batch, k)`): ascending, -1 behind them.
+        rows (`torch.LongTensor` of shape `(batch, k * block)`): positions of their tokens, ascending, -1 behind them.
+    """
+
+    blocks: Tensor
+    rows: Tensor
+
+
+class Blocks:
+    """
+    Blocks of a micro-batch: padding is left out before tokens are counted off, so that it is never kept.
+
+    Args:
+        segments (`torch.LongTensor` of shape `(batch, n)`): document numbers, -1 for padding.
+        targets (`torch.LongTensor` of shape `(batch, n)`): what each position predicts, -100 for nothing.
+        real (`list[int]`): real tokens of each sequence; host numbers, from which all sizes follow.
+        config ([`LemoConfig`]): size of a block, and which ones come first.
+
+    Attributes:
+        tokens (`torch.LongTensor` of shape `(batch, blocks, block)`): positions of the tokens, -1 for none.
+        counts (`list[int]`): blocks of each sequence.
+    """
+
+    def __init__(self, segments: Tensor, targets: Tensor, real: list[int], config: LemoConfig):
+        self.config, self.segments = config, segments
+        self.counts = [-(-count // config.block) for count in real]
+        batch, n = segments.shape
+        self.count = max(1, *self.counts)
+        slots = self.count * config.block
+        order = (segments < 0).to(torch.int8).sort(stable=True).indices
+        order = order.masked_fill(segments.gather(1, order) < 0, -1)[:, :slots]
+        tokens = torch.nn.functional.pad(order, (0, slots - order.shape[1]), value=-1)
+        self.tokens = tokens.view(batch, self.count, config.block)
+        labelled = (targets != IGNORE).gather(1, tokens.clamp(min=0)) & (tokens >= 0)
+        self.labelled = labelled.view_as(self.tokens).any(2)
+        self._priority = self._priorities(self.labelled)
+
+    @property
+    def exists(self) -> Tensor:
+        """`torch.BoolTensor` of shape `(batch, blocks)`: short sequences have fewer."""
+        return self.tokens[:, :, 0] >= 0
+
+    def asking(self, queries: str) -> Tensor:
+        """
+        `torch.BoolTensor` of shape `(batch, blocks)`: whose look at others counts.
+
+        With `queries="labelled"` those that have labels; where none has, as otherwise, all that exist.
+        """
+        if queries != "labelled":
+            return self.exists
+        return torch.where(self.labelled.any(1, keepdim=True), self.labelled, self.exists)
+
+    def budgets(self, share: float) -> list[int]:
+        """How many blocks of each sequence the share is, rounded down, at least those that are always kept."""
+        always = self.config.sinks + self.config.recent
+        # 0.29 of 100 are 29, although their product as floats is a little less
+        return [min(count, max(1, always, int(share * count * (1 + 1e-12)))) for count in self.counts]
+
+    def choose(self, scores: Tensor, most: float, least: float | None = None, threshold: float = 0.0) -> Kept:
+        """
+        The blocks with the largest scores, after those that come first.
+
+        With `queries="earlier"` and a threshold those above it are taken as they come, while there is room, so that no
+        later block decides about an earlier one.
+
+        Args:
+            scores (`torch.Tensor` of shape `(batch, blocks)`): anything where a block does not exist.
+            most (`float`): share of the blocks that is kept, at most if there is a threshold.
+            least (`float`, *optional*): share that is kept whatever the threshold says; without it there is none.
+            threshold (`float`, *optional*): least score, see [`in_means`].
+        """
+        device, exists = scores.device, self.exists
+        budget = torch.tensor(self.budgets(most), device=device)[:, None]
+        wanted = None if least is None else (self.in_means(scores) >= threshold) | (self._priority > OTHER)
+        in_turn = wanted is not None and self.config.queries == "earlier"
+        places = self._in_turn(wanted) if in_turn else self._by_score(scores)
+        # a permutation of places, so that no two blocks are alike
+        chosen = (self._priority * self.count - places).topk(max(self.budgets(most)), 1).indices
+        place = torch.arange(chosen.shape[1], device=device)
+        fits = (place < budget) & exists.gather(1, chosen)
+        if wanted is not None:
+            sure = place < torch.tensor(self.budgets(least), device=device)[:, None]
+            fits &= sure | wanted.gather(1, chosen)
+        blocks = chosen.masked_fill(~fits, self.count).sort(1).values
+        tokens = torch.nn.functional.pad(self.tokens, (0, 0, 0, 1), value=-1)
+        rows = tokens.gather(1, blocks[:, :, None].expand(-1, -1, self.config.block)).flatten(1)
+        return Kept(blocks.masked_fill(blocks == self.count, -1), rows)
+
+    def in_means(self, scores: Tensor) -> Tensor:
+        """
+        Scores in units of their sequence's mean, negative ones as 0; 0 where a block does not exist.
+
+        With `queries="earlier"` the mean is that of the blocks so far, and a score that of one look: later blocks,
+        which more of them look at, have no larger ones for it.
+        """
+        scores = scores.float().clamp(min=0).masked_fill(~self.exists, 0.0)
+        if self.config.queries == "earlier":
+            so_far = torch.arange(1, self.count + 1, device=scores.device)
+            scores = scores / so_far
+            mean = scores.cumsum(1) / so_far
+        else:
+            mean = scores.sum(1, keepdim=True) / self.exists.sum(1, keepdim=True).clamp(min=1)
+        return scores / mean.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _by_score(self, scores: Tensor) -> Tensor:
+        """The place of each block when the largest score comes first, then the lower index, `(batch, blocks)`."""
+        scores = scores.float().masked_fill(~self.exists, float("-inf"))
+        return scores.argsort(dim=1, descending=True, stable=True).argsort(1)
+
+    def _in_turn(self, wanted: Tensor) -> Tensor:
+        """
+        The place of each block when wanted ones come first, in their order, then the others, from the last one back.
+
+        So a wanted block is taken if those before it have left room, and another one if all that come behind it would
+        be too few.
+        """
+        index = torch.arange(self.count, device=wanted.device)
+        return torch.where(wanted, index, 2 * self.count - index).argsort(1).argsort(1)
+
+    def _priorities(self, labelled: Tensor) -> Tensor:
+        index = torch.arange(self.count, device=labelled.device)
+        from_end = torch.tensor(self.counts, device=labelled.device)[:, None] - 1 - index
+        always = (index < self.config.sinks) | ((from_end >= 0) & (from_end < self.config.recent))
+        priority = torch.full(labelled.shape, OTHER, device=labelled.device)
+        if self.config.labelled:
+            priority = priority.masked_fill(labelled, LABELLED)
+        return priority.masked_fill(always, ALWAYS).masked_fill(~self.exists, ABSENT)

@@ -1,0 +1,88 @@
+"""Which tokens each layer keeps in one forward pass: the value of the keyword `lemo=`."""
+
+import torch
+from torch import Tensor
+
+from .blocks import Blocks, Kept
+from .config import LemoConfig
+from .scores import Scorer
+from .states import Places
+from .telemetry import Telemetry
+
+
+class Elimination:
+    """
+    The choice of every layer, made when it is first asked for and kept for everybody who computes the layer again.
+
+    Args:
+        blocks ([`Blocks`]): of the micro-batch.
+        config ([`LemoConfig`]): how to choose.
+        shares (`list[float]`): share of blocks that each layer keeps, 1 for a layer that runs on all tokens.
+        scorer ([`Scorer`]): scores the blocks of a layer.
+        simple (`bool`): one document a sequence without padding on the left, so that causality is the whole rule.
+        telemetry ([`Telemetry`]): is told what is kept.
+        probing (`bool`): compare each choice with the paper's scores.
+
+    Attributes:
+        kept (`dict[int, Kept]`): what layers have chosen, by their index.
+        scores (`torch.Tensor` of shape `(batch, blocks)`, *optional*): those that the last layer has chosen by.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        config: LemoConfig,
+        shares: list[float],
+        scorer: Scorer,
+        simple: bool,
+        telemetry: Telemetry,
+        probing: bool,
+    ):
+        self.blocks, self.config, self.shares, self.scorer, self.simple = blocks, config, shares, scorer, simple
+        self._telemetry, self._probing = telemetry, probing
+        self.kept: dict[int, Kept] = {}
+        self.scores: Tensor | None = None
+        self._places: dict[int, Places] = {}
+
+    @property
+    def visibility(self) -> Tensor | None:
+        """Document numbers of all tokens where they restrict attention, else `None`."""
+        return None if self.simple else self.blocks.segments
+
+    def drops(self, layer: int) -> bool:
+        """Whether a layer leaves tokens out."""
+        return self.shares[layer] < 1
+
+    def places(self, layer: int, call) -> Places:
+        """
+        The rows that a layer keeps.
+
+        Args:
+            layer (`int`): its index.
+            call ([`LayerCall`]): its call, by which it is scored the first time.
+        """
+        if layer not in self._places:
+            with torch.no_grad():
+                self.kept[layer] = kept = self._choose(layer, call)
+                self._telemetry.kept(layer, kept, self.blocks)
+                if self._probing:
+                    self._telemetry.probe(kept, self.blocks, self.scorer.oracle(layer, call, self.blocks))
+            self._places[layer] = Places(self.kept[layer].rows, self.blocks.segments, self.simple)
+        return self._places[layer]
+
+    def computed(self) -> Tensor:
+        """`torch.BoolTensor` of shape `(batch, n)`: real tokens that no layer has left out so far."""
+        everywhere = self.blocks.segments >= 0
+        for places in self._places.values():
+            everywhere = everywhere & places.to_positions(places.rows >= 0)
+        return everywhere
+
+    def _choose(self, layer: int, call) -> Kept:
+        every = self.config.rescore
+        if self.scores is None or (every and len(self.kept) % every == 0):
+            self.scores = self.scorer(layer, call, self)
+        if self.config.thresholds is None:
+            return self.blocks.choose(self.scores, self.shares[layer])
+        return self.blocks.choose(
+            self.scores, self.shares[layer], self.config.bounds[0], self.config.thresholds[layer]
+        )

@@ -1,0 +1,136 @@
+"""One decoder layer on the rows it keeps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenseek_kernels import join_rows, split_rows
+
+from ..patching import PatchedForward, evaluating
+from ..seek.attention import DitchState, ScoutState
+from .config import LemoConfig
+from .elimination import Elimination
+from .states import KeptDitchState, KeptScoutState, KeptState, Places
+from .sublayers import Sublayers
+
+
+class LayerCall:
+    """
+    One call of a decoder layer, to be made again with other rows.
+
+    Args:
+        original (`Callable`): the layer's own forward.
+        args, kwargs: what it was called with; the hidden states `(batch, n, width)` come first.
+
+    Attributes:
+        hidden (`torch.Tensor` of shape `(batch, n, width)`): the layer's input.
+        seek (*optional*): the state of TokenSeek's pass.
+    """
+
+    def __init__(self, original: Callable, args: tuple, kwargs: dict):
+        self.original, self._kwargs = original, dict(kwargs)
+        self.seek = self._kwargs.pop("seek", None)
+        self.hidden, *self._args = args if args else (self._kwargs.pop("hidden_states"),)
+
+    def __call__(self, hidden: Tensor, rows: Tensor | None, state: Any) -> Tensor:
+        """
+        The layer's output.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(batch, k, width)`): its input.
+            rows (`torch.LongTensor` of shape `(batch, k)`, *optional*): which tokens of the call these are; all of
+                them if it is not given.
+            state: what attention is to do; `None` for what the model does.
+        """
+        args, kwargs = self._args, self._kwargs
+        if rows is not None:
+            args, kwargs = (self._at(rows, given) for given in (args, kwargs))
+        if state is not None:
+            kwargs = {**kwargs, "seek": state}
+        output = self.original(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _at(self, rows: Tensor, given):
+        """Whatever has one entry a token (positions, rotations) at these rows."""
+        if isinstance(given, dict):
+            return {name: self._at(rows, value) for name, value in given.items()}
+        if isinstance(given, (tuple, list)):
+            return type(given)(self._at(rows, value) for value in given)
+        if not (isinstance(given, Tensor) and given.dim() > 1 and given.shape[1] == self.hidden.shape[1]):
+            return given
+        index = rows.clamp(min=0).view(*rows.shape, *(1 for _ in given.shape[2:])).expand(-1, -1, *given.shape[2:])
+        return given.expand(len(rows), *given.shape[1:]).gather(1, index)
+
+
+class SparseLayer:
+    """
+    Stands in front of one decoder layer's forward.
+
+    The forward of the layer's class, whatever it is when the layer is called, does all the computing, also the
+    checkpointing. Who keeps what is told by the keyword `lemo=`; without it nothing changes.
+
+    Args:
+        layer (`nn.Module`): the decoder layer; its instance gets another `forward`.
+        index (`int`): its place among the layers.
+        sublayers ([`Sublayers`], *optional*): if its MLP runs on all tokens.
+        config ([`LemoConfig`]): what becomes of dropped tokens.
+    """
+
+    def __init__(self, layer: nn.Module, index: int, sublayers: Sublayers | None, config: LemoConfig):
+        self.layer, self.index, self.sublayers, self.config = layer, index, sublayers, config
+        self.patch = PatchedForward(layer, self._run, when=lambda: True)
+
+    def undo(self) -> None:
+        """Gives the layer its forward back."""
+        self.patch.undo()
+
+    def _run(self, original: Callable, args: tuple, kwargs: dict):
+        kwargs = dict(kwargs)
+        lemo: Elimination | None = kwargs.pop("lemo", None)
+        if lemo is None and self.layer.training and torch.is_grad_enabled():
+            raise ValueError(
+                f"{type(self.layer).__name__} was about to train without LeMo: the model's forward was replaced after "
+                "attach(), or its backbone was called directly. Attach by LemoCallback, which goes around a new "
+                "forward when a step begins; attach TokenSeek first; or call undo() on the handle."
+            )
+        if lemo is None or not lemo.drops(self.index):
+            return original(*args, **kwargs)
+        call = LayerCall(original, args, kwargs)
+        places = lemo.places(self.index, call)
+        run = self._detach if self.config.mode == "detach" else self._elide
+        if self.sublayers is None:
+            return run(call, call.hidden, places, lemo)
+        with self.sublayers.attention_only():
+            hidden = run(call, call.hidden, places, lemo)
+        with self.sublayers.mlp_only():
+            return call(hidden, None, call.seek)
+
+    def _elide(self, call: LayerCall, hidden: Tensor, places: Places, lemo: Elimination) -> Tensor:
+        if isinstance(call.seek, DitchState):
+            # selected among the tokens that every layer keeps
+            return call(hidden, None, KeptDitchState(call.seek, places))
+        state = KeptState(places) if call.seek is None else KeptScoutState(call.seek, places)
+        rest, kept = split_rows(hidden, places.rows)
+        return join_rows(rest, call(kept, places.rows, state), places.rows)
+
+    def _detach(self, call: LayerCall, hidden: Tensor, places: Places, lemo: Elimination) -> Tensor:
+        scout = ScoutState(lemo.visibility)
+        with torch.no_grad(), evaluating(self.layer):
+            everything = call(hidden, None, scout)
+        rest, kept = split_rows(hidden, places.rows)
+        fresh = call(kept, places.rows, DitchState(scout.kept, places.rows, lemo.visibility))
+        return _Exact.apply(join_rows(rest, fresh, places.rows), everything)
+
+
+class _Exact(torch.autograd.Function):
+    """The value of one tensor with the gradient of another, which has come about by other roundings."""
+
+    @staticmethod
+    def forward(ctx, computed: Tensor, exact: Tensor) -> Tensor:
+        return exact.view_as(exact)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None

@@ -1,0 +1,104 @@
+"""The paper's Algorithm 1: a threshold for each layer, by finite differences of the loss on held-out text."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..patching import find_causal_lm, find_layers
+from .attach import LemoHandle
+from .config import LemoConfig
+
+
+def search_thresholds(
+    model: nn.Module,
+    held_out: Sequence[dict],
+    config: LemoConfig,
+    record: str | Path,
+    step: float = 0.1,
+    rate: float = 1.0,
+    passes: int = 1,
+    progress: bool = True,
+) -> LemoConfig:
+    """
+    Finds a threshold for each layer that drops tokens, in units of the mean score of a sequence.
+
+    It begins at 1, the mean, as the paper does. Then, layer by layer, the threshold moves against the slope of the
+    sparse model's loss on `held_out` (the paper: along that of its accuracy), taken between `step` above and below.
+    What the paper leaves open (step, rate, passes) are arguments here.
+
+    Args:
+        model (`nn.Module`): a supported causal language model.
+        held_out (`Sequence[dict]`): micro-batches with `labels` that the model is not trained with.
+        config ([`LemoConfig`]): with `bounds`; its `thresholds` are found.
+        record (`str` or `Path`): file that gets every evaluation; a search that was interrupted goes on from it.
+        step (`float`, *optional*, defaults to 0.1): distance of the two evaluations of a layer from its threshold.
+        rate (`float`, *optional*, defaults to 1.0): how far a threshold moves for a slope of one.
+        passes (`int`, *optional*, defaults to 1): how often each layer is visited.
+        progress (`bool`, *optional*, defaults to `True`): whether to show a bar.
+
+    Returns:
+        [`LemoConfig`]: the same with `thresholds`.
+
+    Raises:
+        ValueError: there is nothing to measure with, or `record` is of another search.
+    """
+    if step <= 0:
+        raise ValueError(f"`step` should be above 0, got {step}.")
+    if not held_out:
+        raise ValueError("search_thresholds() got no held-out micro-batches to measure the loss with.")
+    layers = len(find_layers(find_causal_lm(model))[1])
+    config = replace(config, thresholds=[1.0] * layers)
+    visits = [layer for layer, share in enumerate(config.shares(layers)) if share < 1] * passes
+    search = {"config": asdict(config), "step": step, "rate": rate, "passes": passes, "batches": len(held_out)}
+    losses = _Losses(Path(record), search)
+    thresholds = config.thresholds
+    for number, layer in enumerate(tqdm(visits, "thresholds", disable=not progress)):
+        above, below = thresholds[layer] + step, max(0.0, thresholds[layer] - step)
+        found = []
+        for place, moved in enumerate((above, below)):
+            tried = [*thresholds[:layer], moved, *thresholds[layer + 1 :]]
+            found.append(losses.get(2 * number + place, partial(_loss, model, held_out, config, tried)))
+        thresholds[layer] = max(0.0, thresholds[layer] - rate * (found[0] - found[1]) / (above - below))
+    return replace(config, thresholds=thresholds)
+
+
+def _loss(model: nn.Module, held_out: Sequence[dict], config: LemoConfig, thresholds: list[float]) -> float:
+    """Mean loss of the sparse model over all labels: with `loss="kept"` thresholds would choose what is counted."""
+    handle = LemoHandle(model, replace(config, thresholds=thresholds, loss="all"))
+    training = model.training
+    model.eval()
+    try:
+        with handle.everywhere(), torch.no_grad():
+            return sum(model(**inputs).loss.item() for inputs in held_out) / len(held_out)
+    finally:
+        model.train(training)
+        handle.undo()
+
+
+class _Losses:
+    """Evaluations in their order, on disk after each of them."""
+
+    def __init__(self, file: Path, search: dict):
+        # as it is read again: JSON has no tuples
+        self.file, self.search, self.known = file, json.loads(json.dumps(search)), []
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            stored = json.loads(file.read_text())
+            if stored["search"] != self.search:
+                raise ValueError(f"{file} is of another search: {stored['search']}. Name another file for `record`.")
+            self.known = stored["losses"]
+
+    def get(self, number: int, measure: Callable[[], float]) -> float:
+        if number == len(self.known):
+            self.known.append(measure())
+            scratch = self.file.with_suffix(".tmp")
+            scratch.write_text(json.dumps({"search": self.search, "losses": self.known}, indent=1) + "\n")
+            os.replace(scratch, self.file)
+        return self.known[number]

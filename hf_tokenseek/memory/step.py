@@ -1,0 +1,142 @@
+"""One real training step, of a real model or of one without data."""
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..patching import Attachment, attach
+from ..seek.batch import IGNORE, known_counts
+from ..velora.optimizer import velora_adamw
+from .peaks import Peak
+from .tracker import MemoryTracker
+from .training import OPTIMIZERS, Training
+
+# periods after which sparse tuning has drawn its lowest layer, unless its policy never does
+PERIODS = 256
+
+
+def build_model(config, training: Training) -> nn.Module:
+    """
+    The model as it is trained, with random weights.
+
+    Args:
+        config (`transformers.PreTrainedConfig`): of a causal language model.
+        training ([`Training`]): how.
+
+    Raises:
+        ModuleNotFoundError: `lora` is asked for and PEFT is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if training.dtype == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    if training.lora is not None:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("`lora` needs the package `peft`. Run `pip install peft`.") from None
+        lora = LoraConfig(task_type="CAUSAL_LM", r=training.lora, target_modules="all-linear")
+        model = get_peft_model(model, lora)
+    if training.checkpointing:
+        with warnings.catch_warnings():
+            # the Trainer calls it by the same name
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable()
+    return model
+
+
+def track_step(
+    model: nn.Module, training: Training, mode: AbstractContextManager | None = None
+) -> tuple[dict[str, Peak], int]:
+    """
+    Trains a step; the largest moment of each of its phases as it is from the second step on, and what was saved.
+
+    The first forward and backward pass run without the optimizer's state, which is added to what they had.
+
+    Args:
+        model (`nn.Module`): from [`build_model`].
+        training ([`Training`]): what it was built for.
+        mode (`AbstractContextManager`, *optional*): where its tensors live, if they are fake.
+
+    Returns:
+        `(peaks, saved_bytes)`: by phase, and what autograd had saved at the end of forward.
+
+    Raises:
+        ValueError: a method refuses the model.
+    """
+    with attached(model, training.methods) as handles:
+        optimizer = build_optimizer(model, training, handles)
+        step = draw_lowest_layer(handles)
+        with mode or nullcontext():
+            ids = torch.zeros(training.batch, training.seq, dtype=torch.long)
+            labels = ids.clone()
+            labels[:, : training.seq - training.labels] = IGNORE
+            # a GPU's kernels cannot be looked into without one
+            inside = training.device == "cpu"
+            tracker = MemoryTracker(model, ids, labels, optimizer=optimizer, parts=training.parts, inside=inside)
+            with tracker:
+                handles.begin_step(step)
+                loss = loss_of(model, training, ids, labels)
+                saved = tracker.saved.bytes
+                loss.backward()
+                before = dict(tracker.peaks)
+                optimizer.step()
+                tracker.peaks.clear()
+                optimizer.step()
+    state = {label: size for label, size in tracker.now.labels.items() if label.kind == "optimizer"}
+    return {**{name: peak.beside(state) for name, peak in before.items()}, **tracker.peaks}, saved
+
+
+@contextmanager
+def attached(model: nn.Module, methods: dict[str, Any]) -> Iterator[Attachment]:
+    """The methods on the model, inside of the block; none of them is plain training."""
+    if not any(methods.values()):
+        yield Attachment()
+        return
+    with attach(model, **methods) as handles:
+        yield handles
+
+
+def build_optimizer(model: nn.Module, training: Training, handles: Attachment) -> torch.optim.Optimizer:
+    """The optimizer that the Trainer would make of the weights that train."""
+    kind, options = OPTIMIZERS[training.optimizer]
+    if handles.velora is not None and handles.velora.config.compressed_state:
+        kind, options = velora_adamw(kind, options, training.optimizer, handles.velora.config.moments)
+    if training.device == "cuda" and not options.get("fused") and "foreach" in inspect.signature(kind).parameters:
+        # what torch does by itself on a GPU
+        options = {**options, "foreach": True}
+    # the rate does not matter, but some have no default
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=1e-3, **options)
+    if handles.ist is not None:
+        handles.ist.manage(optimizer)
+    return optimizer
+
+
+def draw_lowest_layer(handles: Attachment) -> int:
+    """The first step in which sparse tuning trains the lowest layer it may train: a run's peak is that one's."""
+    ist = handles.ist
+    if ist is None:
+        return 0
+    lowest = ist.trained[ist.policy.first]
+    for step in range(0, PERIODS * ist.config.period, ist.config.period):
+        ist.begin_step(step)
+        if ist.active[0] == lowest:
+            return step
+    return 0
+
+
+def loss_of(model: nn.Module, training: Training, ids: Tensor, labels: Tensor) -> Tensor:
+    """The loss of a micro-batch, computed as the Trainer does."""
+    forward = model
+    if training.dtype == "mixed":
+        from accelerate.utils.operations import convert_outputs_to_fp32
+
+        # as accelerate wraps a model's forward
+        forward = convert_outputs_to_fp32(torch.autocast(ids.device.type, torch.bfloat16)(model))
+    with known_counts([training.seq] * training.batch, [training.labels] * training.batch):
+        return forward(input_ids=ids, labels=labels).loss
