@@ -81,17 +81,17 @@ def _why_not_whole(checkpoint: Path) -> str | None:
     return None if "global_step" in state else "has a trainer_state.json without global_step"
 
 
-def check_lengths(model: PreTrainedModel, max_length: int) -> None:
+def check_lengths(model: PreTrainedModel, length: int, option: str = "max_length") -> None:
     """Refuse sequences longer than the model has positions for.
 
     Raises:
         `ValueError`: names both numbers.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
+    if positions is not None and length > positions:
         raise ValueError(
-            f"max_length={max_length} is more than the {positions} positions of {type(model).__name__}. Set "
-            f"--max_length {positions} or less."
+            f"{option}={length} is more than the {positions} positions of {type(model).__name__}. Set "
+            f"--{option} {positions} or less."
         )
 
 

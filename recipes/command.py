@@ -106,13 +106,18 @@ def run(trainer: TokenSeekTrainer) -> dict[str, float]:
     return metrics
 
 
-def start(prepare: Callable[[Sequence[str]], TokenSeekTrainer]) -> None:
-    """Prepare and run what the process's command line says; a mistake in it ends the process with one line."""
+def prepared(prepare: Callable[[Sequence[str]], Any]) -> Any:
+    """What `prepare` makes of the process's command line; a mistake in it ends the process with one line."""
     try:
-        trainer = prepare(sys.argv[1:])
+        return prepare(sys.argv[1:])
     except (ValueError, OSError, ModuleNotFoundError) as error:
         # a user's mistake needs its message, not our stack
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+
+
+def start(prepare: Callable[[Sequence[str]], TokenSeekTrainer]) -> None:
+    """Prepare and run what the process's command line says."""
+    trainer = prepared(prepare)
     run(trainer)
     # a rank that exits with its process group open may be aborted by the group's threads
     trainer.accelerator.end_training()

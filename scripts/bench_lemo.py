@@ -49,6 +49,7 @@ from hf_tokenseek.memory.fake import fake_model, fake_tensors
 from hf_tokenseek.patching import find_causal_lm, replaced_forward
 from hf_tokenseek.seek.batch import IGNORE, known_counts
 from tokenseek_kernels import linear_cross_entropy
+from tokenseek_kernels.dispatch import as_on_a_gpu
 
 LLAMA_8B = {
     **LLAMA_1B,
@@ -88,7 +89,7 @@ not causal)."""
 
 @contextmanager
 def chunked_loss(model: nn.Module, dynamic: bool = True) -> Iterator[None]:
-    """The model's own forward, with head and loss in chunks; `dynamic` leaves out rows without a label, as trl does."""
+    """The model's own forward, head and loss in chunks; `dynamic` leaves out rows without a label, as trl does."""
     model = find_causal_lm(model)
     head = model.get_output_embeddings()
 
@@ -117,10 +118,13 @@ def ready(model: nn.Module, row: Row, dynamic: bool = True) -> Iterator:
         yield stack.enter_context(prepared(model, row, row.methods))
 
 
-def count(model: nn.Module, row: Row, ids: Tensor, dynamic: bool = True) -> dict[str, float]:
-    """GiB saved and at the peak, and FLOPs, of one forward and backward."""
+def count(model: nn.Module, row: Row, ids: Tensor, fake: bool = False) -> dict[str, float]:
+    """GiB saved and at the peak of one forward and backward; of fake tensors without what kernels take inside."""
     model.zero_grad(set_to_none=True)
-    with ready(model, row, dynamic), LiveMemory(model, ids) as live:
+    with ready(model, row, not fake), ExitStack() as stack:
+        if fake:
+            stack.enter_context(as_on_a_gpu())
+        live = stack.enter_context(LiveMemory(model, ids, inside=not fake))
         with SavedActivations(model) as saved:
             loss = model(input_ids=ids, labels=ids).loss
         saved_bytes = saved.bytes
@@ -175,7 +179,7 @@ def measure_fake(sizes: dict, n: int) -> dict[str, dict]:
         # gradients, and AdamW's moments in float32
         trained = sum(p.numel() * (p.element_size() + 8) for p in model.parameters() if p.requires_grad) / GIB
         with known_counts([n], [n - 1]):
-            found = {name: count(model, row, ids, dynamic=False) for name, row in tqdm(ROWS.items(), leave=False)}
+            found = {name: count(model, row, ids, fake=True) for name, row in tqdm(ROWS.items(), leave=False)}
     return {name: {**row, "constant_gib": weights + trained} for name, row in found.items()}
 
 

@@ -158,7 +158,9 @@ def bars(results: Results, lengths: Sequence[int]) -> list[Bar]:
         losses = [run[f"plain | {n}"]["loss"] for run in runs_of(results, method)]
         return torch.tensor(losses).mean().exp().item()
 
-    return [Bar(f"perplexity at {n}: keep 0.4 / dense", perplexity(LEMO, n) / perplexity(DENSE, n), 1.02) for n in lengths]
+    return [
+        Bar(f"perplexity at {n}: keep 0.4 / dense", perplexity(LEMO, n) / perplexity(DENSE, n), 1.02) for n in lengths
+    ]
 
 
 def main(argv: Sequence[str] | None = None, load: Callable = load_smollm2) -> int:

@@ -15,5 +15,5 @@ if [[ ! -e $ready ]]; then
     touch "$ready"
 fi
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-core=(tests/{callbacks,ist,lean,peft,sft} tests/test_{arguments,model_card,trainer,trainer_runs,training_options}.py)
+core=(tests/{callbacks,ist,lean,lemo,peft,sft} tests/test_{arguments,model_card,trainer,trainer_runs,training_options}.py)
 exec "$venv/bin/python" -m pytest -q -n auto "${core[@]}" "$@"

@@ -46,7 +46,7 @@ def test_trains_without_optional_packages():
         " num_attention_heads=2)\n"
         "model = transformers.LlamaForCausalLM(config).train()\n"
         "ids = torch.arange(8)[None]\n"
-        "with hf_tokenseek.attach(model, seek=True):\n"
+        "with hf_tokenseek.attach(model, seek=True, lemo={'block': 2, 'dense_first': 0}):\n"
         "    model(input_ids=ids, labels=torch.where(ids > 5, ids, -100)).loss.backward()\n"
     )
 

@@ -42,7 +42,8 @@ class MemoryCallback(LoggedMetrics):
     step takes about 40 us an operator longer (0.3 s with 30 layers) and is left out of `speed/...`. The log after one
     has, of the largest moment so far, `memory/tracked_peak_mib` and its parts
     `memory/{parameters,gradients,optimizer,activations,temporaries}_mib` and `memory/layer_{i}_mib`, and
-    `memory/{forward,scout,select,backward,step}_peak_mib`. Beside it, on a GPU, stand the allocator's `memory/allocated_mib` (now), `memory/reserved_mib` (now) and `memory/peak_reserved_mib`.
+    `memory/{forward,scout,select,backward,step}_peak_mib`. Beside it, on a GPU, stand the allocator's
+    `memory/allocated_mib` (now), `memory/reserved_mib` (now) and `memory/peak_reserved_mib`.
     With `level="snapshot"` these steps are also recorded by PyTorch's CUDA allocator, and written to
     `memory_snapshot.pickle` in `output_dir` for https://pytorch.org/memory_viz.
 

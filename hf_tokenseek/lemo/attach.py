@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..forwarding import autocast, mixed_precision, named_inputs
 from ..patching import PatchedForward, find_causal_lm, find_layers, leads_to, patched_by
 from ..seek.attach import SeekHandle
-from ..seek.attention import register_attention
+from ..seek.attention import leave_attention, use_attention
 from ..seek.batch import IGNORE, count_tokens, segments_of, targets_of
 from .blocks import Blocks
 from .config import LemoConfig
@@ -18,7 +18,7 @@ from .elimination import Elimination
 from .layer import SparseLayer
 from .neurons import NeuronMlp
 from .predictor import Predictor
-from .refusals import check_model
+from .refusals import check_model, check_with_seek
 from .scores import Scorer
 from .sublayers import Sublayers
 from .telemetry import Telemetry, chosen
@@ -47,15 +47,13 @@ class LemoHandle:
         path, layers = find_layers(self.model)
         if patched_by(layers[0], SparseLayer):
             raise ValueError("LeMo is attached to this model already. Call undo() on the first handle.")
+        self._is_with_seek()
         self.layers_path, self.shares = path, config.shares(len(layers))
+        self._predictor = None if config.predictor is None else Predictor.load(config.predictor, self.model, config)
         sublayers = [None if config.mlp == "tokens" else Sublayers(layer) for layer in layers]
         neurons = [own.mlp for own, share in zip(sublayers, self.shares, strict=True) if own and share < 1]
         self._neurons = [NeuronMlp(mlp, config.neurons) for mlp in neurons] if config.mlp == "neurons" else []
-        self.original_attention = self.model.config._attn_implementation
-        self._owns_attention = not self.original_attention.startswith("tokenseek_")
-        if self._owns_attention:
-            self.model.set_attn_implementation(register_attention(self.original_attention))
-        self._predictor = None if config.predictor is None else Predictor.load(config.predictor, self.model, config)
+        use_attention(self.model, self)
         self.step, self.micro_step = 0, 0
         self.elimination: Elimination | None = None
         self.telemetry = Telemetry()
@@ -89,8 +87,7 @@ class LemoHandle:
         self._patch.undo()
         for patched in reversed([*self._neurons, *self._layers]):
             patched.undo()
-        if self._owns_attention:
-            self.model.set_attn_implementation(self.original_attention)
+        leave_attention(self.model, self)
 
     @contextmanager
     def everywhere(self) -> Iterator[None]:
@@ -163,6 +160,13 @@ class LemoHandle:
     def _is_wanted(self) -> bool:
         return self._always or (self.model.training and torch.is_grad_enabled())
 
+    def _is_with_seek(self) -> bool:
+        """Whether TokenSeek computes the loss, and selects among what every layer keeps."""
+        attached = patched_by(self.model, SeekHandle) is not None
+        if attached:
+            check_with_seek(self.config)
+        return attached
+
     @torch.compiler.disable
     def _forward(self, original: Callable, args: tuple, kwargs: dict):
         named = named_inputs(self.signature, args, kwargs)
@@ -188,8 +192,7 @@ class LemoHandle:
         # a cache would keep keys and values of all layers, and hand them to layers that keep other rows
         named |= {"use_cache": False, "lemo": elimination}
         with autocast(self.model.device, self._autocast):
-            # TokenSeek computes the loss itself, and selects among what every layer keeps
-            if labels is None or not self.leaves_out_labels or patched_by(self.model, SeekHandle):
+            if self._is_with_seek() or labels is None or not self.leaves_out_labels:
                 return original(**named)
             return self._with_kept_labels(original, named, elimination, targets != IGNORE)
 
@@ -210,7 +213,8 @@ class LemoHandle:
             output = original(**named)
         finally:
             hook.remove()
-        if named.get("num_items_in_batch") is not None:
-            # it counts all labels
-            output.loss = output.loss / share[-1].clamp(min=torch.finfo(torch.float32).tiny)
+        # what is a sum, or divided by the count of all labels; trl adds up what its fused head gives
+        name = "log_probs" if named.get("fused_lm_head") else "loss"
+        if name == "log_probs" or named.get("num_items_in_batch") is not None:
+            output[name] = output[name] / share[-1].clamp(min=torch.finfo(torch.float32).tiny)
         return output

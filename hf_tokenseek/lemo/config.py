@@ -157,6 +157,11 @@ class LemoConfig(MethodConfig):
             raise ValueError(f"`bounds` should be two shares, 0 < least <= largest <= 1, got {self.bounds!r}.")
         if self.thresholds is not None and (not _are_numbers(self.thresholds) or min(self.thresholds, default=0) < 0):
             raise ValueError(f"`thresholds` should be a list of numbers of at least 0, got {self.thresholds!r}.")
+        if self.thresholds is not None and self.bounds[1] == 1:
+            raise ValueError(
+                f"`thresholds` within bounds={self.bounds!r} would hold memory for all blocks, as without LeMo. Set "
+                "the largest share below 1."
+            )
         if self.thresholds is not None and isinstance(self.keep, Sequence):
             raise ValueError("A layer keeps blocks by `thresholds` or by a list in `keep`, got both. Leave one out.")
 

@@ -10,6 +10,7 @@ from tokenseek_kernels import join_rows, split_rows
 
 from ..patching import PatchedForward, evaluating
 from ..seek.attention import DitchState, ScoutState
+from ..seek.passes import hold
 from .config import LemoConfig
 from .elimination import Elimination
 from .states import KeptDitchState, KeptScoutState, KeptState, Places
@@ -120,7 +121,7 @@ class SparseLayer:
         with torch.no_grad(), evaluating(self.layer):
             everything = call(hidden, None, scout)
         rest, kept = split_rows(hidden, places.rows)
-        fresh = call(kept, places.rows, DitchState(scout.kept, places.rows, lemo.visibility))
+        fresh = hold(call(kept, places.rows, DitchState(scout.kept, places.rows, lemo.visibility)), scout)
         return _Exact.apply(join_rows(rest, fresh, places.rows), everything)
 
 

@@ -144,8 +144,8 @@ class Predictor(nn.Module):
             )
         if (shape.block, shape.queries) != (config.block, config.queries):
             raise ValueError(
-                f"The predictor in {folder} is for block={shape.block} and queries={shape.queries!r}, LeMo is asked for "
-                f"block={config.block} and queries={config.queries!r}. Set the same, or train one for these."
+                f"The predictor in {folder} is for block={shape.block}, queries={shape.queries!r}; LeMo is asked for "
+                f"block={config.block}, queries={config.queries!r}. Set the same, or train one for these."
             )
         predictor = cls(shape)
         predictor.load_state_dict(load_file(folder / WEIGHTS))

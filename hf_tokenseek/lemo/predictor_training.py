@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .blocks import Blocks
 from .config import LemoConfig
 from .layer import LayerCall
-from .predictor import Predictor, Tower
+from .predictor import Predictor
 from .recording import record
 from .scores import Scorer, pool
 
@@ -123,6 +123,8 @@ class ZeroCounter:
         """
         removed = 0
         for (tower, which), zeros, seen in zip(self._units, self._zeros, self._seen, strict=True):
+            if not seen:
+                continue
             stays = zeros < share * seen
             keep = stays.nonzero().flatten() if stays.any() else zeros.argmin()[None]
             removed += len(zeros) - len(keep)

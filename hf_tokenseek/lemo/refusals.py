@@ -5,6 +5,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..seek.ranks import refuse_common
+from ..seek.trl import trl_arguments
 from .config import LemoConfig
 
 # Families that TokenSeek supports and LeMo does not, and why.
@@ -30,6 +31,24 @@ def check_model(model: nn.Module) -> None:
             f"LeMo does not support model_type {family!r}: {REFUSED[family]}. Turn it off with lemo=None; TokenSeek "
             "(seek=) trains this family."
         )
+
+
+def check_with_seek(config: LemoConfig) -> None:
+    """
+    Refuses options that mean nothing together with TokenSeek.
+
+    Raises:
+        ValueError: names the option and the next step.
+    """
+    for name, value, allowed, why in (
+        ("mode", "detach", "elide", "tokens that it does not select have no gradient anyway"),
+        ("loss", "all", "kept", "it selects among tokens that every layer has computed"),
+    ):
+        if getattr(config, name) == value:
+            raise ValueError(
+                f"LeMo's {name}={value!r} does not go with TokenSeek: {why}. Set {name}={allowed!r}, or leave "
+                "TokenSeek out (seek=None)."
+            )
 
 
 WHY = {
@@ -58,8 +77,17 @@ def refuse_arguments(args: TrainingArguments, config: LemoConfig) -> None:
             "LeMo does not support use_liger_kernel=True: its forward does not hand LeMo's keyword down to the "
             "layers. Set use_liger_kernel=False; lean=True has the layers."
         )
-    if args.label_smoothing_factor and config.loss == "kept" and config.mode == "elide":
+    if config.mode == "detach" or config.loss == "all":
+        return
+    if args.label_smoothing_factor:
         raise ValueError(
             f"LeMo does not support label_smoothing_factor={args.label_smoothing_factor} with loss='kept': the "
             "smoothed loss would count tokens that have missed layers. Set label_smoothing_factor=0.0 or loss='all'."
+        )
+    kind, loss_type = trl_arguments(args), getattr(args, "loss_type", None)
+    if kind not in (None, "SFTConfig") or (kind is not None and loss_type == "dft"):
+        what = f"loss_type={loss_type!r}" if kind == "SFTConfig" else f"the trl trainer that takes {kind}"
+        raise ValueError(
+            f"LeMo does not support {what} with loss='kept': it has to see all labels, each as it is. Set loss='all' "
+            "or mode='detach'."
         )

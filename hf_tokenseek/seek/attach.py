@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ..forwarding import autocast, mixed_precision, named_inputs
 from ..parameters import trained_share
-from ..patching import PatchedForward, find_causal_lm, leads_to
+from ..patching import PatchedForward, find_causal_lm, leads_to, patched_by
 from .adapters import check_adapters
-from .attention import register_attention
+from .attention import leave_attention, original_attention, use_attention
 from .batch import Batch, Sizes
 from .config import SeekConfig
 from .cost import Cost
@@ -48,11 +48,10 @@ class SeekHandle:
         self.config = config.resolved(trained_share(self.model))
         check_adapters(model, self.model)
         self.decoder = Decoder(self.model)
-        self.original_attention = self.model.config._attn_implementation
-        if self.original_attention.startswith("tokenseek_"):
+        if patched_by(self.model, SeekHandle):
             raise ValueError("TokenSeek is attached to this model already. Call undo() on the first handle.")
-        self.attention = register_attention(self.original_attention)
-        self.model.set_attn_implementation(self.attention)
+        self.original_attention = original_attention(self.model)
+        self.attention = use_attention(self.model, self)
         self.signature = inspect.signature(self.model.forward)
         self.metrics = SeekMetrics()
         self.selection: Tensor | None = None
@@ -69,7 +68,7 @@ class SeekHandle:
     def pause(self) -> None:
         """Lets the model compute as it did before, until [`resume`]."""
         self.patch.active = False
-        self.model.set_attn_implementation(self.original_attention)
+        leave_attention(self.model, self)
 
     def resume(self) -> None:
         """Goes on after [`pause`], around whatever has replaced the model's forward since (trl's fused head)."""
@@ -77,7 +76,7 @@ class SeekHandle:
             self.patch.undo()
             self._patch_forward()
         self.patch.active = True
-        self.model.set_attn_implementation(self.attention)
+        use_attention(self.model, self)
 
     def undo(self) -> None:
         """Gives the model its own attention and forward back."""

@@ -6,6 +6,7 @@ the attention function. Without the keyword the function is the implementation t
 """
 
 import sys
+import weakref
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ from torch import Tensor
 from tokenseek_kernels import attention_mass, causal_attention, selected_attention
 
 from ..families import WINDOW_FROM_CONFIG
+
+_PREFIX = "tokenseek_"
+# who needs the registered attention of which model
+_users: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakSet] = weakref.WeakKeyDictionary()
 
 
 class ScoutState:
@@ -140,6 +145,36 @@ def _original_attention(module, original: str):
     return ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
 
 
+def use_attention(model: torch.nn.Module, user: object) -> str:
+    """
+    Puts the registered attention into a model, on top of what it has, unless it is there.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the model.
+        user (`object`): whoever needs it, until [`leave_attention`].
+
+    Returns:
+        `str`: its name.
+    """
+    name = register_attention(original_attention(model))
+    model.set_attn_implementation(name)
+    _users.setdefault(model, weakref.WeakSet()).add(user)
+    return name
+
+
+def leave_attention(model: torch.nn.Module, user: object) -> None:
+    """Gives a model its own attention back when nobody else needs the registered one."""
+    users = _users.get(model, set())
+    users.discard(user)
+    if not users:
+        model.set_attn_implementation(original_attention(model))
+
+
+def original_attention(model: torch.nn.Module) -> str:
+    """The attention implementation that a model has below the registered one."""
+    return model.config._attn_implementation.removeprefix(_PREFIX).replace("--", "/")
+
+
 def register_attention(original: str) -> str:
     """
     Registers TokenSeek's attention on top of the implementation `original` (its attention and its mask).
@@ -151,7 +186,7 @@ def register_attention(original: str) -> str:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     # a slash would be read as a repository of kernels
-    name = f"tokenseek_{original.replace('/', '--')}"
+    name = f"{_PREFIX}{original.replace('/', '--')}"
     AttentionInterface.register(name, _attention(original))
     if original in ALL_MASK_ATTENTION_FUNCTIONS:
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])

@@ -61,7 +61,8 @@ def train_plainly(decoder: Decoder, batch: Batch, plain_inputs: dict, head: Loss
     rows = torch.arange(batch.shape[1], device=batch.targets.device).expand(batch.shape)
     hidden = decoder.plain({**plain_inputs, **batch.lemo_inputs})
     everything, batch = batch, batch.computed()
-    loss = head(hidden, rows, batch.targets, None, sum(batch.sizes.labelled)) * _standing_for(everything, batch)
+    weights = None if batch.lemo is None else _standing_for(everything, batch).expand(batch.shape)
+    loss = head(hidden, rows, batch.targets, weights, sum(batch.sizes.labelled))
     # reported as every selection: without padding, empty slots behind the real ones
     real = real_rows(batch)
     order = (real < 0).to(torch.int8).sort(stable=True).indices
@@ -85,8 +86,8 @@ def train_selected(
     hidden = decoder.ditch(batch, scouted, selection)
     if is_checkpointed(decoder.model):
         hidden = hold(hidden, scouted)
-    loss = head(hidden, selection.rows, selection.targets, selection.weights, sum(batch.sizes.loss))
-    loss = loss * _standing_for(batch, candidates)
+    weights = selection.weights * _standing_for(batch, candidates)
+    loss = head(hidden, selection.rows, selection.targets, weights, sum(batch.sizes.loss))
     return Trained(loss, selection, found, scores, kept_bytes=scouted.nbytes)
 
 

@@ -14,6 +14,12 @@ SUPPORTED = ("SFTConfig", "DPOConfig")
 OLDEST = "1.16.0"
 
 
+def trl_arguments(args: TrainingArguments) -> str | None:
+    """The name of trl's class that the arguments are of, which tells the trainer; `None` if they are not trl's."""
+    # the first of their classes that is trl's: others derive from SFTConfig
+    return next((c.__name__ for c in type(args).__mro__ if c.__module__.split(".")[0] == "trl"), None)
+
+
 def refuse_trl_arguments(args: TrainingArguments, config: SeekConfig, model: nn.Module) -> None:
     """
     Refuses the trl trainers, and their options, with which TokenSeek would train something else than they mean.
@@ -26,8 +32,7 @@ def refuse_trl_arguments(args: TrainingArguments, config: SeekConfig, model: nn.
     Raises:
         ValueError: names the trainer or the argument, says why, and the next step.
     """
-    # the first of the arguments' classes that is trl's: others derive from SFTConfig
-    kind = next((c.__name__ for c in type(args).__mro__ if c.__module__.split(".")[0] == "trl"), None)
+    kind = trl_arguments(args)
     if kind is None:
         return
     if Version(version("trl")) < Version(OLDEST):

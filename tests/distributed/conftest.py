@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from recipes.sft import main
-from tests.distributed.launching import IST, STEPS, VELORA
+from tests.distributed.launching import IST, LEMO, STEPS, VELORA
 from tests.tiny_folder import save_tiny_model
 
 
@@ -42,12 +42,12 @@ def one_process(options):
 
 @pytest.fixture(scope="session")
 def one_method_process(options):
-    """Folder of a run with VeLoRA or sparse tuning that two ranks equal: its micro-batches are those of both."""
+    """Folder of a run with VeLoRA, sparse tuning or LeMo that two ranks equal: its micro-batches are those of both."""
 
     def run(config: str) -> Path:
         if (folder := options.folder / f"one_{config}").exists():
             return folder
-        own = {**VELORA, **IST}[config]
+        own = {**VELORA, **IST, **LEMO}[config]
         main(options(folder.name, 2, "--per_device_train_batch_size", "4", "--save_strategy", "no", *own))
         return folder
 

@@ -27,6 +27,15 @@ IST = {
     "gradient_norm": ("--seek", "false", "--ist", '{"layers": 0.34, "policy": "gradient_norm", "period": 1}'),
 }
 
+# half of the blocks have room for all labels; which ones a sequence keeps does not depend on the batch that it is in
+_LEMO = {"keep": 0.5, "block": 8, "dense_first": 0}
+LEMO = {
+    "lemo": ("--seek", "false", "--lemo", json.dumps(_LEMO)),
+    "lemo_seek": ("--lemo", json.dumps({**_LEMO, "dense_first": 1})),
+    "lemo_detach": ("--seek", "false", "--lemo", json.dumps({**_LEMO, "mode": "detach", "rescore": 1})),
+    "lemo_checkpointed": ("--seek", "false", "--gradient_checkpointing", "true", "--lemo", json.dumps(_LEMO)),
+}
+
 
 def needs_compiler(strategy: str) -> pytest.MarkDecorator:
     """DeepSpeed compiles its communication for CPUs."""

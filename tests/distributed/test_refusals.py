@@ -8,8 +8,9 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
-from hf_tokenseek import IstConfig, SeekConfig, VeloraConfig
+from hf_tokenseek import IstConfig, LemoConfig, SeekConfig, VeloraConfig
 from hf_tokenseek.ist import refusals as ist_refusals
+from hf_tokenseek.lemo import refusals as lemo_refusals
 from hf_tokenseek.seek import ranks
 from hf_tokenseek.velora import refusals
 from recipes.checks import check_strategy
@@ -47,10 +48,18 @@ def refuse_ist(monkeypatch, config=None, arguments=None, **state) -> SimpleNames
     return args
 
 
+def refuse_lemo(monkeypatch, config=None, arguments=None, **state) -> None:
+    arguments = {"use_liger_kernel": False, "label_smoothing_factor": 0.0, **(arguments or {})}
+    lemo_refusals.refuse_arguments(
+        pretend(monkeypatch, lemo_refusals, arguments, **state), LemoConfig(**(config or {}))
+    )
+
+
 @pytest.mark.parametrize("state", [{}, fsdp(2), deepspeed(1), deepspeed(2), deepspeed(3)])
 def test_what_is_verified_passes(monkeypatch, state):
     refuse(monkeypatch, **state)
     refuse_velora(monkeypatch, **state)
+    refuse_lemo(monkeypatch, **state)
     # DDP has to know that some parameters get no gradient
     assert refuse_ist(monkeypatch, **state).ddp_find_unused_parameters is True
 
@@ -104,6 +113,17 @@ def test_what_velora_does_not_know_is_refused_by_name(monkeypatch, config, argum
 def test_what_sparse_tuning_does_not_know_is_refused_by_name(monkeypatch, config, arguments, state, said):
     with pytest.raises(ValueError, match=said):
         refuse_ist(monkeypatch, config, arguments, **state)
+
+
+@pytest.mark.parametrize(("arguments", "state", "said"), [
+    ({"n_gpu": 4}, {}, r"DataParallel \(n_gpu=4\).*accelerate launch"),
+    ({}, fsdp(1), "version 1 of FSDP.*fsdp_version: 2"),
+    ({"parallelism_config": ParallelismConfig(tp_size=2)}, {}, "parallelism_config.tp_size=2.*Leave it out"),
+    ({}, deepspeed(3, **SPLIT), "DeepSpeed's sequence_parallel_size=2"),
+])  # fmt: skip
+def test_what_lemo_does_not_know_is_refused_by_name(monkeypatch, arguments, state, said):
+    with pytest.raises(ValueError, match=f"LeMo does not support .*{said}"):
+        refuse_lemo(monkeypatch, None, arguments, **state)
 
 
 def test_velora_compresses_the_state_under_ddp(monkeypatch):

@@ -18,7 +18,7 @@ QUICK = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True,
 
 def snippets() -> list:
     found = []
-    for page in ("README.md", "docs/lean.md", "docs/velora.md", "docs/ist.md", "docs/report.md"):
+    for page in ("README.md", "docs/lean.md", "docs/velora.md", "docs/ist.md", "docs/lemo.md", "docs/report.md"):
         codes = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
         assert codes
         found += [pytest.param(code, id=f"{page}-{index}") for index, code in enumerate(codes)]
@@ -61,5 +61,7 @@ def test_snippet_trains(code, quickly):
         assert after["trainer"].state.global_step == 2
     elif after["handle"].seek is not None:
         assert after["handle"].selection.shape[0] == 2
+    elif after["handle"].lemo is not None:
+        assert after["handle"].lemo.elimination.kept
     else:
         assert after["step"] == 9 and len(after["handle"].ist.history) == 2

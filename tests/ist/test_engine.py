@@ -74,6 +74,20 @@ def test_gradient_checkpointing(kind, reentrant):
         assert torch.equal(grad, plain[1][name]), name
 
 
+def test_layers_that_become_another_class_go_on_checkpointing():
+    """FSDP2 gives a layer a class of its own after it was patched."""
+    saved = []
+    for changes in (False, True):
+        model = deep_llama()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with attach(model, ist={"policy": "random"}) as handle:
+            set_active(handle.ist, [0, 4])
+            for layer in layers_of(model) if changes else ():
+                layer.__class__ = type("Sharded", (type(layer),), {})
+            saved.append(step(model, batch()))
+    assert_same_step(*saved)
+
+
 def test_nothing_is_saved_below_the_lowest_active_layer_even_where_inputs_ask_for_a_gradient():
     model = KINDS["lora"]()
     plain = gated_step(model, batch(), [LAYERS - 1])[2]

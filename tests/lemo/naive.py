@@ -32,16 +32,24 @@ def kept_tokens(rows: Tensor, n: int) -> Tensor:
     return keep.scatter_(1, rows.masked_fill(rows < 0, n), True)[:, :n]
 
 
-def naive_lemo(model, rows: dict[int, Tensor], inputs: dict, mode: str = "elide", mlp: str = "tokens"):
+def naive_lemo(
+    model,
+    rows: dict[int, Tensor],
+    inputs: dict,
+    mode: str = "elide",
+    mlp: str = "tokens",
+    attention: str = "eager",
+):
     """
-    The model's output if each layer keeps `rows`. It runs eager attention, whose mask can be written into.
+    The model's output if each layer keeps `rows`.
 
     Args:
         rows (`dict[int, torch.LongTensor]`): kept positions by layer; layers that are not in it are plain.
+        attention (`str`): one whose mask can be written into.
     """
     _, layers = find_layers(model)
     before = model.config._attn_implementation
-    model.set_attn_implementation("naive_detach" if mode == "detach" else "eager")
+    model.set_attn_implementation("naive_detach" if mode == "detach" else attention)
     with ExitStack() as stack:
         stack.callback(model.set_attn_implementation, before)
         for index, kept in rows.items():
@@ -60,10 +68,11 @@ def _layer(layer, rows: Tensor, mode: str, mlp: str):
         hidden, mask_name = given.pop(names[0]), next(name for name in names if "mask" in name)
         attention_mask = given.pop(mask_name)
         keep = kept_tokens(rows, hidden.shape[1])
-        for module in layer.modules():
-            module.naive_keep = keep
         if mode == "elide":
             attention_mask = _without_dropped(attention_mask, keep)
+        else:
+            for module in layer.modules():
+                module.naive_keep = keep
         here = keep[:, :, None]
         inputs = torch.where(here, hidden, hidden.detach()) if mode == "detach" else hidden
 

@@ -151,7 +151,7 @@ def test_attaching_twice_is_refused_until_undone(tiny_llama):
 
 @pytest.mark.parametrize("nothing", [None, False, "off"])
 def test_nothing_to_attach_is_refused(tiny_llama, nothing):
-    with pytest.raises(ValueError, match="no method.*seek=True, velora=True, ist=True or lean=True"):
+    with pytest.raises(ValueError, match="no method.*seek=True, velora=True, ist=True, lemo=True or lean=True"):
         attach(tiny_llama(), seek=nothing)
 
 
