@@ -16,4 +16,6 @@ if [[ ! -e $ready ]]; then
 fi
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 core=(tests/{callbacks,ist,lean,lemo,peft,sft} tests/test_{arguments,model_card,trainer,trainer_runs,training_options}.py)
+# the newest families are younger than the oldest transformers
+core+=(--ignore tests/lemo/test_families.py)
 exec "$venv/bin/python" -m pytest -q -n auto "${core[@]}" "$@"

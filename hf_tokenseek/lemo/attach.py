@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..forwarding import autocast, mixed_precision, named_inputs
+from ..forwarding import named_inputs
 from ..patching import PatchedForward, find_causal_lm, find_layers, leads_to, patched_by
 from ..seek.attach import SeekHandle
 from ..seek.attention import leave_attention, use_attention
@@ -51,8 +51,8 @@ class LemoHandle:
         self.layers_path, self.shares = path, config.shares(len(layers))
         self._predictor = None if config.predictor is None else Predictor.load(config.predictor, self.model, config)
         sublayers = [None if config.mlp == "tokens" else Sublayers(layer) for layer in layers]
-        neurons = [own.mlp for own, share in zip(sublayers, self.shares, strict=True) if own and share < 1]
-        self._neurons = [NeuronMlp(mlp, config.neurons) for mlp in neurons] if config.mlp == "neurons" else []
+        mlps = [own.mlp for own, share in zip(sublayers, self.shares, strict=True) if own and share < 1]
+        self._neurons = NeuronMlp.of_all(mlps, config.neurons) if config.mlp == "neurons" else []
         use_attention(self.model, self)
         self.step, self.micro_step = 0, 0
         self.elimination: Elimination | None = None
@@ -155,7 +155,6 @@ class LemoHandle:
 
     def _patch_forward(self) -> None:
         self._patch = PatchedForward(self.model, self._forward, when=self._is_wanted)
-        self._autocast = mixed_precision(self.model)
 
     def _is_wanted(self) -> bool:
         return self._always or (self.model.training and torch.is_grad_enabled())
@@ -191,10 +190,9 @@ class LemoHandle:
         elimination = self.begin(segments, targets, real, simple)
         # a cache would keep keys and values of all layers, and hand them to layers that keep other rows
         named |= {"use_cache": False, "lemo": elimination}
-        with autocast(self.model.device, self._autocast):
-            if self._is_with_seek() or labels is None or not self.leaves_out_labels:
-                return original(**named)
-            return self._with_kept_labels(original, named, elimination, targets != IGNORE)
+        if self._is_with_seek() or labels is None or not self.leaves_out_labels:
+            return original(**named)
+        return self._with_kept_labels(original, named, elimination, targets != IGNORE)
 
     def _with_kept_labels(self, original: Callable, named: dict, elimination: Elimination, labelled: Tensor):
         """The loss of labels that are predicted by tokens which every layer has computed; they stand for all."""

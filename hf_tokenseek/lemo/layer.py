@@ -13,7 +13,7 @@ from ..seek.attention import DitchState, ScoutState
 from ..seek.passes import hold
 from .config import LemoConfig
 from .elimination import Elimination
-from .states import KeptDitchState, KeptScoutState, KeptState, Places
+from .states import KeptDitchState, KeptScoutState, KeptState, PeekState, Places
 from .sublayers import Sublayers
 
 
@@ -22,7 +22,8 @@ class LayerCall:
     One call of a decoder layer, to be made again with other rows.
 
     Args:
-        original (`Callable`): the layer's own forward.
+        layer (`nn.Module`): the layer.
+        original (`Callable`): its own forward.
         args, kwargs: what it was called with; the hidden states `(batch, n, width)` come first.
 
     Attributes:
@@ -30,8 +31,8 @@ class LayerCall:
         seek (*optional*): the state of TokenSeek's pass.
     """
 
-    def __init__(self, original: Callable, args: tuple, kwargs: dict):
-        self.original, self._kwargs = original, dict(kwargs)
+    def __init__(self, layer: nn.Module, original: Callable, args: tuple, kwargs: dict):
+        self.layer, self.original, self._kwargs = layer, original, dict(kwargs)
         self.seek = self._kwargs.pop("seek", None)
         self.hidden, *self._args = args if args else (self._kwargs.pop("hidden_states"),)
 
@@ -52,6 +53,14 @@ class LayerCall:
             kwargs = {**kwargs, "seek": state}
         output = self.original(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def peek(self, hidden: Tensor, rows: Tensor | None) -> PeekState:
+        """What the layer asks and answers at these rows: its queries and keys."""
+        state = PeekState()
+        # random numbers that dropout drew here would be missing where a checkpoint computes the layer again
+        with torch.no_grad(), evaluating(self.layer):
+            self(hidden, rows, state)
+        return state
 
     def _at(self, rows: Tensor, given):
         """Whatever has one entry a token (positions, rotations) at these rows."""
@@ -98,7 +107,7 @@ class SparseLayer:
             )
         if lemo is None or not lemo.drops(self.index):
             return original(*args, **kwargs)
-        call = LayerCall(original, args, kwargs)
+        call = LayerCall(self.layer, original, args, kwargs)
         places = lemo.places(self.index, call)
         run = self._detach if self.config.mode == "detach" else self._elide
         if self.sublayers is None:

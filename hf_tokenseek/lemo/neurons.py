@@ -1,6 +1,6 @@
 """An MLP that computes everything and remembers its largest columns: exact forward, approximate backward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,14 @@ class NeuronMlp:
         self.mlp, self.form, self.share = mlp, check_form(mlp), share
         self.activation = TORCH[activation_name(getattr(mlp, self.form.activation))]
         self.patch = PatchedForward(mlp, self._run)
+
+    @classmethod
+    def of_all(cls, mlps: Iterable[nn.Module], share: float) -> list["NeuronMlp"]:
+        """Of several MLPs; if one of them is refused, none is patched."""
+        mlps = list(mlps)
+        for mlp in mlps:
+            check_form(mlp)
+        return [cls(mlp, share) for mlp in mlps]
 
     def undo(self) -> None:
         """Gives the MLP its forward back."""

@@ -49,7 +49,7 @@ def record(model: nn.Module, inputs: dict, config: LemoConfig, see: Callable[[in
 
     def show(index: int):
         def hook(layer, args, kwargs) -> None:
-            see(index, LayerCall(layer.forward, args, kwargs), blocks)
+            see(index, LayerCall(layer, layer.forward, args, kwargs), blocks)
 
         return hook
 

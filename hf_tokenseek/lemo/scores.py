@@ -10,7 +10,6 @@ from tokenseek_kernels import block_scores
 from ..seeds import mixed_seed
 from .blocks import Blocks
 from .config import LemoConfig
-from .states import PeekState
 
 
 class Scorer:
@@ -40,8 +39,7 @@ class Scorer:
     def oracle(self, layer: int, call, blocks: Blocks) -> Tensor:
         """The paper's score, of all queries and keys: costs a forward of the layer without gradient."""
         rows = None if self.config.rope else _one_place(call, blocks)
-        peek = PeekState()
-        call(call.hidden, rows, peek)
+        peek = call.peek(call.hidden, rows)
         # in the order of blocks: padding leaves no holes in them
         rows, real = blocks.tokens.flatten(1).clamp(min=0), blocks.tokens.flatten(1) >= 0
         query, key = (_at(rows, states) for states in (peek.query, peek.key))
@@ -59,8 +57,7 @@ class Scorer:
         count = (tokens >= 0).sum(2)
         middle = tokens.gather(2, (count - 1).clamp(min=0)[:, :, None] // 2)[:, :, 0]
         rows = middle if self.config.rope else tokens[:, :1, 0].expand_as(middle)
-        peek = PeekState()
-        call(pool(call.hidden, blocks), rows, peek)
+        peek = call.peek(pool(call.hidden, blocks), rows)
         queries = self.config.queries
         return looks(peek.query, peek.key, blocks.asking(queries), queries)
 

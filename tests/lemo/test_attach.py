@@ -78,6 +78,17 @@ def test_evaluation_and_generation_see_the_original(fields):
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
+def test_layers_that_keep_different_tokens_share_no_cache():
+    model, inputs = llama(), batch()
+    model.config.use_cache = True
+    assert model(**inputs).past_key_values is not None
+    with attach(model, lemo=lemo(rescore=1)) as handle:
+        assert model(**inputs).past_key_values is None
+        model.eval()
+        with torch.no_grad(), handle.lemo.everywhere():
+            assert model(**inputs, use_cache=True).past_key_values is None
+
+
 def test_sparse_evaluation():
     """What the sparse model is worth: the loss that training sees."""
     model, inputs = llama(), batch("right")

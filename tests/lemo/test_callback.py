@@ -67,21 +67,27 @@ def test_stock_trainer_with_the_callback_is_our_trainer(tmp_path, capsys):
     assert not any(key.startswith("lemo/") and key != "lemo/kept_share" for entry in logs(own) for key in entry)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("order", [1, -1], ids=["lemo, seek", "seek, lemo"])
-def test_callbacks_of_lemo_and_seek_in_any_order_are_our_trainer(tmp_path, order):
+def test_callbacks_of_lemo_and_seek_in_any_order_are_our_trainer(tmp_path, order, bf16):
     callbacks = [LemoCallback(lemo()), SeekCallback(SELECTS)][::order]
-    stock = stock_run(tmp_path, *callbacks)
-    own = own_run(tmp_path, fields(), seek=SELECTS)
+    stock = stock_run(tmp_path, *callbacks, bf16=bf16)
+    own = own_run(tmp_path, fields(), seek=SELECTS, bf16=bf16)
     assert_same(stock, own)
-    assert losses(own) != losses(own_run(tmp_path, None, seek=SELECTS))
+    assert losses(own) != losses(own_run(tmp_path, None, seek=SELECTS, bf16=bf16))
     keys = {"lemo/kept_share", "seek/selected_share", "seek/evidence_mass"}
     assert all(keys <= entry.keys() for entry in logs(stock) + logs(own))
     assert [entry["seek/plain_share"] for entry in logs(stock)] == [0] * 4
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("seek", [None, SELECTS], ids=["plain", "seek"])
-def test_all_tokens_train_plainly(tmp_path, seek):
-    assert_same(own_run(tmp_path, fields(keep=1.0), seek=seek), own_run(tmp_path, None, seek=seek))
+def test_all_tokens_train_plainly(tmp_path, seek, bf16):
+    plain = own_run(tmp_path, None, seek=seek, bf16=bf16)
+    assert_same(own_run(tmp_path, fields(keep=1.0), seek=seek, bf16=bf16), plain)
+    if bf16:
+        # autocast's roundings are there to be seen
+        assert losses(plain) != losses(own_run(tmp_path, fields(keep=1.0), seek=seek))
 
 
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED.keys())

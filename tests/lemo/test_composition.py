@@ -14,6 +14,7 @@ from peft import get_peft_model
 from hf_tokenseek import attach
 from tests.ist.tiny_ist import layers_of, set_active, step
 from tests.lemo.deep_lemo import (
+    ALL_KEPT,
     assert_close_gradients,
     assert_same_gradients,
     batch,
@@ -97,6 +98,16 @@ def test_keeping_everything_is_each_method_alone_to_the_bit(kind, methods):
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_each_method_on_the_kept_tokens(kind, methods):
     assert_step_of_kept_tokens(KINDS[kind], methods)
+
+
+@pytest.mark.parametrize("score", ["pooled", "oracle", "random"])
+def test_scoring_draws_no_random_numbers(score):
+    """All tokens are kept, so that dropout meets the tensors of the plain model, in the same order."""
+    inputs, fields = answers(), {**ALL_KEPT, "score": score, "rescore": 1}
+    found, _ = run(KINDS["dropout"](), inputs, {"lemo": lemo(**fields)})
+    expected, _ = run(KINDS["dropout"](), inputs, {})
+    torch.testing.assert_close(found[0], expected[0], rtol=2**-23, atol=0)
+    assert_close_gradients(found[1], expected[1], EXACT)
 
 
 def seek(context: float, **fields) -> dict:

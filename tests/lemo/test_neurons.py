@@ -85,7 +85,7 @@ def test_training_mlps_are_refused():
 
 def test_unknown_mlps_are_refused():
     model = tiny_model("llama").requires_grad_(False)
-    layer = model.base_model.layers[0]
+    layer = model.base_model.layers[-1]
     layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj)
     with pytest.raises(ValueError, match="plain linear layers"):
         attach(model, lemo=lemo(mlp="neurons"))
