@@ -119,24 +119,19 @@ def ready(model: nn.Module, row: Row, dynamic: bool = True) -> Iterator:
 
 
 def count(model: nn.Module, row: Row, ids: Tensor, fake: bool = False) -> dict[str, float]:
-    """GiB saved and at the peak of one forward and backward; of fake tensors without what kernels take inside."""
+    """GiB saved and at the peak, and FLOPs, of forward and backward; of fake tensors without what kernels take inside."""
     model.zero_grad(set_to_none=True)
     with ready(model, row, not fake), ExitStack() as stack:
         if fake:
             stack.enter_context(as_on_a_gpu())
+        flops = stack.enter_context(FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION))
         live = stack.enter_context(LiveMemory(model, ids, inside=not fake))
         with SavedActivations(model) as saved:
             loss = model(input_ids=ids, labels=ids).loss
         saved_bytes = saved.bytes
         loss.backward()
-    return {"saved_gib": saved_bytes / GIB, "peak_gib": (live.peak_bytes - live.base_bytes) / GIB}
-
-
-def count_flops(model: nn.Module, row: Row, ids: Tensor) -> int:
-    """FLOPs of one forward and backward."""
-    with ready(model, row), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        model(input_ids=ids, labels=ids).loss.backward()
-    return counter.get_total_flops()
+    peak_bytes = live.peak_bytes - live.base_bytes
+    return {"saved_gib": saved_bytes / GIB, "peak_gib": peak_bytes / GIB, "flops": flops.get_total_flops()}
 
 
 def step_seconds(model: nn.Module, row: Row, ids: Tensor) -> float:
@@ -149,12 +144,11 @@ def step_seconds(model: nn.Module, row: Row, ids: Tensor) -> float:
 
 
 def measure(load: Callable, ids: Tensor, rows: Sequence[str], repeats: int) -> dict[str, dict]:
-    """Everything about steps of one length; the first round warms up."""
+    """Everything about steps of one length; counting warms up."""
     model = build(Row("", lora=True), load).to(DEVICE)
     found = {}
     for name in tqdm(rows, desc=f"{ids.shape[1]} tokens: bytes", leave=False):
-        flops = count_flops(model, ROWS[name], ids)
-        found[name] = {**count(model, ROWS[name], ids), "flops": flops, "seconds": []}
+        found[name] = {**count(model, ROWS[name], ids), "seconds": []}
     for _ in tqdm(range(repeats), desc=f"{ids.shape[1]} tokens: rounds", leave=False):
         for name in rows:
             found[name]["seconds"].append(step_seconds(model, ROWS[name], ids))

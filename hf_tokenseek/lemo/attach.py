@@ -190,9 +190,12 @@ class LemoHandle:
         elimination = self.begin(segments, targets, real, simple)
         # a cache would keep keys and values of all layers, and hand them to layers that keep other rows
         named |= {"use_cache": False, "lemo": elimination}
-        if self._is_with_seek() or labels is None or not self.leaves_out_labels:
-            return original(**named)
-        return self._with_kept_labels(original, named, elimination, targets != IGNORE)
+        try:
+            if self._is_with_seek() or labels is None or not self.leaves_out_labels:
+                return original(**named)
+            return self._with_kept_labels(original, named, elimination, targets != IGNORE)
+        finally:
+            elimination.forget()
 
     def _with_kept_labels(self, original: Callable, named: dict, elimination: Elimination, labelled: Tensor):
         """The loss of labels that are predicted by tokens which every layer has computed; they stand for all."""

@@ -43,6 +43,8 @@ class Elimination:
         self.kept: dict[int, Kept] = {}
         self.scores: Tensor | None = None
         self._places: dict[int, Places] = {}
+        # by what is chosen with: layers that choose alike share what they keep
+        self._alike: dict[tuple, tuple[Kept, Places]] = {}
 
     @property
     def visibility(self) -> Tensor | None:
@@ -63,26 +65,34 @@ class Elimination:
         """
         if layer not in self._places:
             with torch.no_grad():
-                self.kept[layer] = kept = self._choose(layer, call)
+                kept, self._places[layer] = self._choose(layer, call)
+                self.kept[layer] = kept
                 self._telemetry.kept(layer, kept, self.blocks)
                 if self._probing:
                     self._telemetry.probe(kept, self.blocks, self.scorer.oracle(layer, call, self.blocks))
-            self._places[layer] = Places(self.kept[layer].rows, self.blocks.segments, self.simple)
         return self._places[layer]
+
+    def forget(self) -> None:
+        """Lets go of what layers share while they are computed; whoever still needs it has it."""
+        for places in self._places.values():
+            places.taken.clear()
 
     def computed(self) -> Tensor:
         """`torch.BoolTensor` of shape `(batch, n)`: real tokens that no layer has left out so far."""
         everywhere = self.blocks.segments >= 0
-        for places in self._places.values():
+        for places in set(self._places.values()):
             everywhere = everywhere & places.to_positions(places.rows >= 0)
         return everywhere
 
-    def _choose(self, layer: int, call) -> Kept:
-        every = self.config.rescore
-        if self.scores is None or (every and len(self.kept) % every == 0):
+    def _choose(self, layer: int, call) -> tuple[Kept, Places]:
+        config = self.config
+        if self.scores is None or (config.rescore and len(self.kept) % config.rescore == 0):
             self.scores = self.scorer(layer, call, self)
-        if self.config.thresholds is None:
-            return self.blocks.choose(self.scores, self.shares[layer])
-        return self.blocks.choose(
-            self.scores, self.shares[layer], self.config.bounds[0], self.config.thresholds[layer]
-        )
+            self._alike.clear()
+        rule = (self.shares[layer],)
+        if config.thresholds is not None:
+            rule = *rule, config.bounds[0], config.thresholds[layer]
+        if rule not in self._alike:
+            kept = self.blocks.choose(self.scores, *rule)
+            self._alike[rule] = kept, Places(kept.rows, self.blocks.segments, self.simple)
+        return self._alike[rule]

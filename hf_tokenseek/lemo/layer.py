@@ -36,7 +36,7 @@ class LayerCall:
         self.seek = self._kwargs.pop("seek", None)
         self.hidden, *self._args = args if args else (self._kwargs.pop("hidden_states"),)
 
-    def __call__(self, hidden: Tensor, rows: Tensor | None, state: Any) -> Tensor:
+    def __call__(self, hidden: Tensor, rows: Tensor | None, state: Any, taken: dict | None = None) -> Tensor:
         """
         The layer's output.
 
@@ -45,10 +45,12 @@ class LayerCall:
             rows (`torch.LongTensor` of shape `(batch, k)`, *optional*): which tokens of the call these are; all of
                 them if it is not given.
             state: what attention is to do; `None` for what the model does.
+            taken (`dict`, *optional*): what others have taken at the same rows, see [`Places`].
         """
         args, kwargs = self._args, self._kwargs
         if rows is not None:
-            args, kwargs = (self._at(rows, given) for given in (args, kwargs))
+            taken = {} if taken is None else taken
+            args, kwargs = (self._at(rows, given, taken) for given in (args, kwargs))
         if state is not None:
             kwargs = {**kwargs, "seek": state}
         output = self.original(hidden, *args, **kwargs)
@@ -62,14 +64,21 @@ class LayerCall:
             self(hidden, rows, state)
         return state
 
-    def _at(self, rows: Tensor, given):
+    def _at(self, rows: Tensor, given, taken: dict):
         """Whatever has one entry a token (positions, rotations) at these rows."""
         if isinstance(given, dict):
-            return {name: self._at(rows, value) for name, value in given.items()}
+            return {name: self._at(rows, value, taken) for name, value in given.items()}
         if isinstance(given, (tuple, list)):
-            return type(given)(self._at(rows, value) for value in given)
+            return type(given)(self._at(rows, value, taken) for value in given)
         if not (isinstance(given, Tensor) and given.dim() > 1 and given.shape[1] == self.hidden.shape[1]):
             return given
+        if id(given) not in taken:
+            # with what it is taken from, so that no other tensor comes to have that identity
+            taken[id(given)] = given, self._gather(rows, given)
+        return taken[id(given)][1]
+
+    @staticmethod
+    def _gather(rows: Tensor, given: Tensor) -> Tensor:
         index = rows.clamp(min=0).view(*rows.shape, *(1 for _ in given.shape[2:])).expand(-1, -1, *given.shape[2:])
         return given.expand(len(rows), *given.shape[1:]).gather(1, index)
 
@@ -123,14 +132,15 @@ class SparseLayer:
             return call(hidden, None, KeptDitchState(call.seek, places))
         state = KeptState(places) if call.seek is None else KeptScoutState(call.seek, places)
         rest, kept = split_rows(hidden, places.rows)
-        return join_rows(rest, call(kept, places.rows, state), places.rows)
+        return join_rows(rest, call(kept, places.rows, state, places.taken), places.rows)
 
     def _detach(self, call: LayerCall, hidden: Tensor, places: Places, lemo: Elimination) -> Tensor:
         scout = ScoutState(lemo.visibility)
         with torch.no_grad(), evaluating(self.layer):
             everything = call(hidden, None, scout)
         rest, kept = split_rows(hidden, places.rows)
-        fresh = hold(call(kept, places.rows, DitchState(scout.kept, places.rows, lemo.visibility)), scout)
+        ditch = DitchState(scout.kept, places.rows, lemo.visibility)
+        fresh = hold(call(kept, places.rows, ditch, places.taken), scout)
         return _Exact.apply(join_rows(rest, fresh, places.rows), everything)
 
 

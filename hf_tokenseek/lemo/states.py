@@ -24,10 +24,15 @@ class Places:
         rows (`torch.LongTensor` of shape `(batch, k)`): kept positions, ascending, -1 behind them.
         segments (`torch.LongTensor` of shape `(batch, n)`): document numbers, -1 for padding.
         simple (`bool`): one document a sequence, so that causality is the whole rule.
+
+    Attributes:
+        taken (`dict`): positions and rotations of the kept rows, by what they are taken from: layers that keep the
+            same rows share them.
     """
 
     def __init__(self, rows: Tensor, segments: Tensor, simple: bool):
         self.rows, self.n, self._segments, self._simple = rows, segments.shape[1], segments, simple
+        self.taken: dict[int, tuple[Tensor, Tensor]] = {}
         # one place more than there are positions takes what belongs nowhere
         self._at = rows.masked_fill(rows < 0, self.n)
 

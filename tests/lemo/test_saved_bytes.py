@@ -13,7 +13,7 @@ from tests.lemo.tiny_lemo import BLOCK, lemo
 
 ROWS, LENGTHS, KEEPS = 2, (40, 80, 200), (0.2, 0.5, 0.8)
 FLOAT, HEAD, KV_HEADS, WIDTH = 8, 8, 2, 32
-# a layer with kept rows has their numbers, and its own copy of their sines and cosines
+# of a kept row its number, and its sines and cosines; layers that keep the same rows share them
 ROW = 8 + 2 * HEAD * FLOAT
 
 
@@ -48,10 +48,10 @@ def counts(n: int, keep: float) -> tuple[int, int]:
     return LAYERS * ROWS * kept, LAYERS * ROWS * (n - kept)
 
 
-def expected(n: int, keep: float) -> int:
+def expected(n: int, keep: float, choices: int = 1) -> int:
     kept, dropped = counts(n, keep)
     shared = 2 * n * HEAD * FLOAT
-    return saved(llama(), n) - shared - dropped * of_a_token() + kept * ROW
+    return saved(llama(), n) - shared - dropped * of_a_token() + choices * kept // LAYERS * ROW
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -77,7 +77,7 @@ def test_a_dense_mlp_saves_of_all_tokens(keep):
 @pytest.mark.parametrize("rescore", [0, 1])
 def test_scoring_leaves_nothing_behind(score, rescore):
     fields = {"score": score, "rescore": rescore, "probe_steps": 1}
-    assert saved(llama(), 80, keep=0.5, **fields) == expected(80, 0.5)
+    assert saved(llama(), 80, keep=0.5, **fields) == expected(80, 0.5, choices=LAYERS if rescore else 1)
 
 
 def test_backward_lets_everything_go_but_the_choice():
@@ -87,5 +87,6 @@ def test_backward_lets_everything_go_but_the_choice():
             loss = model(**batch(n=80)).loss
         loss.backward()
         del loss
-        rows = sum(kept.rows.nbytes for kept in handle.lemo.elimination.kept.values())
-    assert counted.bytes == rows
+        choice, *others = handle.lemo.elimination.kept.values()
+    assert all(other is choice for other in others)
+    assert counted.bytes == choice.rows.nbytes
