@@ -41,7 +41,7 @@ from bench_memory import build as build_fake
 from bench_step import real_text
 from bench_velora import LORA, Row, build, prepared
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm.auto import tqdm
 
 from hf_tokenseek.memory import LiveMemory, SavedActivations
@@ -78,8 +78,10 @@ ROWS = {
 MEMORIES = (24, 80)
 # torch's counter knows the GPU's names of fused attention only
 CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
 }
 NOTES = """LoRA of rank 16 on all linear layers, one sequence, labels everywhere, the loss in chunks of labelled rows.
 Keep 0.4: blocks of 64 tokens, all layers but the first two. Saved: what autograd holds at the end of forward. Peak: of
@@ -119,7 +121,7 @@ def ready(model: nn.Module, row: Row, dynamic: bool = True) -> Iterator:
 
 
 def count(model: nn.Module, row: Row, ids: Tensor, fake: bool = False) -> dict[str, float]:
-    """GiB saved and at the peak, and FLOPs, of forward and backward; of fake tensors without what kernels take inside."""
+    """GiB saved and at the peak, and FLOPs of one step; of fake tensors without what kernels take inside."""
     model.zero_grad(set_to_none=True)
     with ready(model, row, not fake), ExitStack() as stack:
         if fake:
