@@ -51,7 +51,7 @@ class Decoder:
                 gradient = self._last_block_gradient(batch, state)
                 found = Scouted(state.mass, block_gradient=gradient, heads=self.heads)
             else:
-                hidden = self._run(batch, batch.tokens, batch.positions, state)
+                hidden = self._run(batch.tokens, batch.positions, state, batch.lemo_inputs)
                 head = self._head_statistics(hidden, batch) if score.head else None
                 found = Scouted(state.mass, head, heads=self.heads)
         if not state.kept:
@@ -70,7 +70,7 @@ class Decoder:
         else:
             tokens = batch.tokens.gather(1, index)
         with _scouted_frequencies(self.backbone):
-            return self._run(batch, tokens, batch.positions.gather(1, index), state)
+            return self._run(tokens, batch.positions.gather(1, index), state, batch.lemo_inputs)
 
     def plain(self, inputs: dict) -> Tensor:
         """Runs all rows with gradient, as without TokenSeek; hidden states of shape `(batch, n, hidden)`."""
@@ -104,12 +104,14 @@ class Decoder:
         with replaced_forward(head, lambda rows: compute(rows, head.weight, getattr(head, "bias", None))):
             return head(rows)
 
-    def _run(self, batch: Batch, tokens: Tensor, positions: Tensor, state: ScoutState | DitchState) -> Tensor:
+    def _run(
+        self, tokens: Tensor, positions: Tensor, state: ScoutState | DitchState, lemo: dict | None = None
+    ) -> Tensor:
         # a 4-D mask is taken as it is by every family: no mask is built, `state` knows who sees whom
         no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
         name = "inputs_embeds" if tokens.dim() == 3 else "input_ids"
         inputs = {name: tokens, "position_ids": positions, "attention_mask": no_mask}
-        return self.before_head(self.backbone(**inputs, **batch.lemo_inputs, use_cache=False, seek=state)[0])
+        return self.before_head(self.backbone(**inputs, **(lemo or {}), use_cache=False, seek=state)[0])
 
     def _head_statistics(self, hidden: Tensor, batch: Batch) -> HeadStatistics:
         targets = batch.targets.flatten()
@@ -131,7 +133,7 @@ class Decoder:
 
         hook = self.layers[-1].register_forward_pre_hook(start_here, with_kwargs=True)
         try:
-            hidden = self._run(batch, batch.tokens, batch.positions, state)
+            hidden = self._run(batch.tokens, batch.positions, state, batch.lemo_inputs)
         finally:
             hook.remove()
         targets = batch.targets.flatten()

@@ -22,6 +22,8 @@ ACTIONS = """
 const map = document.querySelector(".tokens"), readout = map.nextElementSibling, said = [];
 const press = (key) => map.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
 map.focus();
+// a window that is not in front gives no event
+if (!document.hasFocus()) map.dispatchEvent(new FocusEvent("focus"));
 said.push(readout.textContent, document.activeElement === map);
 press("ArrowRight"); press("ArrowRight"); press("ArrowRight");
 said.push(readout.textContent, document.getElementById(map.getAttribute("aria-activedescendant")).dataset.place);
