@@ -93,12 +93,10 @@ class Results:
         return name in self.cells
 
     def __setitem__(self, name: str, figures: Any) -> None:
+        from hf_tokenseek.files import write_whole
+
         self.cells[name] = figures
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # written beside its place and renamed, so that an interruption leaves no half file
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(json.dumps({"key": self.key, "cells": self.cells}, indent=1) + "\n")
-        os.replace(scratch, self.path)
+        write_whole(self.path, json.dumps({"key": self.key, "cells": self.cells}, indent=1) + "\n")
 
     def publish(self, report: str) -> None:
         """Prints the report and writes it beside the figures."""

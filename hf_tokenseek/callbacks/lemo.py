@@ -1,15 +1,12 @@
 """LeMo in any `Trainer`, as a callback."""
 
-from torch import nn
-
 from ..lemo import LemoConfig
 from ..lemo.attach import LemoHandle
 from ..lemo.refusals import refuse_arguments
-from ..patching import find_causal_lm
-from .logging import LoggedMetrics
+from .method import MethodCallback
 
 
-class LemoCallback(LoggedMetrics):
+class LemoCallback(MethodCallback):
     """
     Trains with LeMo in any `Trainer`: layers run on the blocks of tokens that matter.
 
@@ -28,41 +25,16 @@ class LemoCallback(LoggedMetrics):
         ValueError: the model or a training argument is not supported, by name.
     """
 
-    def __init__(self, config: LemoConfig | dict | bool | None = None):
-        self.config = LemoConfig() if config is None else LemoConfig.parse(config)
-        if self.config is None:
-            raise ValueError("LemoCallback was told to be off. Leave it out of `callbacks` instead.")
-        self.handle: LemoHandle | None = None
-
-    def attach(self, model: nn.Module) -> None:
-        """Attaches LeMo to `model`, unless it is."""
-        # `model_init` makes another model than the one that `__init__` has seen
-        if self.handle is not None and self.handle.model is not find_causal_lm(model):
-            self.detach()
-        if self.handle is None:
-            self.handle = LemoHandle(model, self.config)
-
-    def detach(self) -> None:
-        """Gives the model back as it was."""
-        self.handle.undo()
-        self.handle = None
+    config_type, handle_type = LemoConfig, LemoHandle
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
         refuse_arguments(args, self.config)
         self.attach(model)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        self.attach(model)
-        if state.is_local_process_zero:
-            print(self.handle.swapped(), flush=True)
-
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         # callbacks that come later have gone around trl's forward, or have attached TokenSeek, only now
         self.handle.resume()
         self.handle.begin_step(state.global_step)
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.detach()
 
     def metrics(self, reset: bool = True) -> dict[str, float]:
         """

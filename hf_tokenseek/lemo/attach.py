@@ -11,8 +11,8 @@ from ..forwarding import named_inputs
 from ..patching import PatchedForward, find_causal_lm, find_layers, leads_to, patched_by
 from ..seek.attach import SeekHandle
 from ..seek.attention import leave_attention, use_attention
-from ..seek.batch import IGNORE, count_tokens, segments_of, targets_of
-from .blocks import Blocks
+from ..seek.batch import IGNORE
+from .blocks import Blocks, Layout
 from .config import LemoConfig
 from .elimination import Elimination
 from .layer import SparseLayer
@@ -33,6 +33,7 @@ class LemoHandle:
         config ([`LemoConfig`]): how many tokens, and which.
 
     Attributes:
+        attached_to (`nn.Module`): the model as it was given.
         shares (`list[float]`): share of blocks that each layer keeps (at most, with thresholds).
         elimination ([`Elimination`], *optional*): the choices of the last forward pass.
         telemetry ([`Telemetry`]): figures since they were last read.
@@ -42,13 +43,13 @@ class LemoHandle:
     """
 
     def __init__(self, model: nn.Module, config: LemoConfig):
-        self.model, self.config = find_causal_lm(model), config
+        self.attached_to, self.model, self.config = model, find_causal_lm(model), config
         check_model(self.model)
-        path, layers = find_layers(self.model)
+        _, layers = find_layers(self.model)
         if patched_by(layers[0], SparseLayer):
             raise ValueError("LeMo is attached to this model already. Call undo() on the first handle.")
         self._is_with_seek()
-        self.layers_path, self.shares = path, config.shares(len(layers))
+        self.shares = config.shares(len(layers))
         self._predictor = None if config.predictor is None else Predictor.load(config.predictor, self.model, config)
         sublayers = [None if config.mlp == "tokens" else Sublayers(layer) for layer in layers]
         mlps = [own.mlp for own, share in zip(sublayers, self.shares, strict=True) if own and share < 1]
@@ -98,21 +99,13 @@ class LemoHandle:
         finally:
             self._always = False
 
-    def begin(self, segments: Tensor, targets: Tensor, real: list[int], simple: bool) -> Elimination:
-        """
-        Begins the choices of one forward pass.
-
-        Args:
-            segments (`torch.LongTensor` of shape `(batch, n)`): document numbers, -1 for padding.
-            targets (`torch.LongTensor` of shape `(batch, n)`): what each position predicts, -100 for nothing.
-            real (`list[int]`): real tokens of each sequence.
-            simple (`bool`): one document a sequence without padding on the left.
-        """
+    def begin(self, layout: Layout) -> Elimination:
+        """Begins the choices of one forward pass over a micro-batch."""
         config, every = self.config, self.config.probe_steps
         probing = bool(every) and self.micro_step == 0 and self.step % every == 0
         scorer = Scorer(config, (self.step, self.micro_step), self._predictor)
-        blocks = Blocks(segments, targets, real, config)
-        self.elimination = Elimination(blocks, config, self.shares, scorer, simple, self.telemetry, probing)
+        blocks = Blocks(layout.segments, layout.targets, layout.real, config)
+        self.elimination = Elimination(blocks, config, self.shares, scorer, layout.simple, self.telemetry, probing)
         self.micro_step += 1
         return self.elimination
 
@@ -169,31 +162,20 @@ class LemoHandle:
     @torch.compiler.disable
     def _forward(self, original: Callable, args: tuple, kwargs: dict):
         named = named_inputs(self.signature, args, kwargs)
-        tokens = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
-        mask = named.get("attention_mask")
-        if mask is not None and mask.shape != tokens.shape[:2]:
-            raise ValueError(
-                f"LeMo reads a 2-D attention mask of shape {tuple(tokens.shape[:2])}, got {tuple(mask.shape)}. Pass "
-                "the padding mask; causal, windowed and packed masks follow from positions."
-            )
-        segments = segments_of(
-            *tokens.shape[:2], tokens.device, mask, named.get("position_ids"), named.get("cu_seq_lens_q")
-        )
         labels = named.get("labels")
         if labels is None and self.leaves_out_labels and not self._always:
             raise ValueError(
                 "LeMo with loss='kept' needs `labels` in the model's inputs while training. Label smoothing and "
                 "compute_loss_func take them away: leave those out, or set loss='all' or mode='detach'."
             )
-        targets = torch.full_like(segments, IGNORE) if labels is None else targets_of(labels, segments)
-        real, _, simple = count_tokens(segments, targets)
-        elimination = self.begin(segments, targets, real, simple)
+        layout = Layout.read(named)
+        elimination = self.begin(layout)
         # a cache would keep keys and values of all layers, and hand them to layers that keep other rows
         named |= {"use_cache": False, "lemo": elimination}
         try:
             if self._is_with_seek() or labels is None or not self.leaves_out_labels:
                 return original(**named)
-            return self._with_kept_labels(original, named, elimination, targets != IGNORE)
+            return self._with_kept_labels(original, named, elimination, layout.targets != IGNORE)
         finally:
             elimination.forget()
 

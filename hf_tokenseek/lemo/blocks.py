@@ -5,11 +5,53 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..seek.batch import IGNORE
+from ..seek.batch import IGNORE, count_tokens, segments_of, targets_of
 from .config import LemoConfig
 
 # what comes first when blocks are chosen: sinks and recent ones, labelled ones, the others; never what does not exist
 ALWAYS, LABELLED, OTHER, ABSENT = 3, 2, 1, 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    What LeMo reads of a micro-batch.
+
+    Args:
+        segments (`torch.LongTensor` of shape `(batch, n)`): document numbers, -1 for padding.
+        targets (`torch.LongTensor` of shape `(batch, n)`): what each position predicts, -100 for nothing.
+        real (`list[int]`): real tokens of each sequence; host numbers.
+        simple (`bool`): one document a sequence without padding on the left, so that causality is the whole rule.
+    """
+
+    segments: Tensor
+    targets: Tensor
+    real: list[int]
+    simple: bool
+
+    @classmethod
+    def read(cls, inputs: dict) -> "Layout":
+        """
+        Reads a model's inputs; waits for the device once.
+
+        Args:
+            inputs (`dict`): by name; `labels` may be missing.
+
+        Raises:
+            ValueError: the attention mask is not 2-D.
+        """
+        tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+        if mask is not None and mask.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"LeMo reads a 2-D attention mask of shape {tuple(tokens.shape[:2])}, got {tuple(mask.shape)}. Pass "
+                "the padding mask; causal, windowed and packed masks follow from positions."
+            )
+        documents = inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
+        segments = segments_of(*tokens.shape[:2], tokens.device, mask, *documents)
+        targets = torch.full_like(segments, IGNORE) if labels is None else targets_of(labels, segments)
+        real, _, simple = count_tokens(segments, targets)
+        return cls(segments, targets, real, simple)
 
 
 @dataclass(frozen=True)
@@ -20,10 +62,12 @@ class Kept:
     Args:
         blocks (`torch.LongTensor` of shape `(batch, k)`): ascending, -1 behind them.
         rows (`torch.LongTensor` of shape `(batch, k * block)`): positions of their tokens, ascending, -1 behind them.
+        share (`torch.Tensor`): of the real tokens, a number on the device.
     """
 
     blocks: Tensor
     rows: Tensor
+    share: Tensor
 
 
 class Blocks:
@@ -104,7 +148,8 @@ class Blocks:
         blocks = chosen.masked_fill(~fits, self.count).sort(1).values
         tokens = torch.nn.functional.pad(self.tokens, (0, 0, 0, 1), value=-1)
         rows = tokens.gather(1, blocks[:, :, None].expand(-1, -1, self.config.block)).flatten(1)
-        return Kept(blocks.masked_fill(blocks == self.count, -1), rows)
+        share = (rows >= 0).sum() / (self.tokens >= 0).sum().clamp(min=1)
+        return Kept(blocks.masked_fill(blocks == self.count, -1), rows, share)
 
     def in_means(self, scores: Tensor) -> Tensor:
         """

@@ -74,8 +74,8 @@ class Elimination:
 
     def forget(self) -> None:
         """Lets go of what layers share while they are computed; whoever still needs it has it."""
-        for places in self._places.values():
-            places.taken.clear()
+        for places in set(self._places.values()):
+            places.forget()
 
     def computed(self) -> Tensor:
         """`torch.BoolTensor` of shape `(batch, n)`: real tokens that no layer has left out so far."""

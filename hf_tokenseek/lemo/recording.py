@@ -7,24 +7,27 @@ import torch
 from torch import Tensor, nn
 
 from ..patching import evaluating, find_causal_lm, find_layers
-from ..seek.attention import register_attention
-from ..seek.batch import IGNORE, count_tokens, segments_of, targets_of
-from .blocks import Blocks
+from ..seek.attention import leave_attention, use_attention
+from .blocks import Blocks, Layout
 from .config import LemoConfig
 from .layer import LayerCall
 from .scores import Scorer
+
+
+class _User:
+    """Whoever is recording, as a user of the registered attention."""
 
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[None]:
     """Inside the block queries and keys of the model's layers can be taken down, see [`record`]."""
     model = find_causal_lm(model)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(register_attention(before))
+    user = _User()
+    use_attention(model, user)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        leave_attention(model, user)
 
 
 def record(model: nn.Module, inputs: dict, config: LemoConfig, see: Callable[[int, LayerCall, Blocks], None]) -> None:
@@ -41,11 +44,8 @@ def record(model: nn.Module, inputs: dict, config: LemoConfig, see: Callable[[in
     _, layers = find_layers(model)
     inputs = dict(inputs)
     labels = inputs.pop("labels", None)
-    tokens = inputs["input_ids"]
-    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-    segments = segments_of(*tokens.shape, tokens.device, mask, positions)
-    targets = torch.full_like(segments, IGNORE) if labels is None else targets_of(labels, segments)
-    blocks = Blocks(segments, targets, count_tokens(segments, targets)[0], config)
+    layout = Layout.read({**inputs, "labels": labels})
+    blocks = Blocks(layout.segments, layout.targets, layout.real, config)
 
     def show(index: int):
         def hook(layer, args, kwargs) -> None:

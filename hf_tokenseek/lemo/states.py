@@ -33,6 +33,7 @@ class Places:
     def __init__(self, rows: Tensor, segments: Tensor, simple: bool):
         self.rows, self.n, self._segments, self._simple = rows, segments.shape[1], segments, simple
         self.taken: dict[int, tuple[Tensor, Tensor]] = {}
+        self._documents: dict[bool, Tensor] = {}
         # one place more than there are positions takes what belongs nowhere
         self._at = rows.masked_fill(rows < 0, self.n)
 
@@ -42,10 +43,20 @@ class Places:
 
     def segments(self, spread: bool) -> Tensor | None:
         """Documents of all positions, -1 where a token is dropped, `(batch, n)`; or of the kept rows, where needed."""
-        if spread:
-            return self._segments.masked_fill(~self.to_positions(self.rows >= 0), -1)
-        own = self._segments.gather(1, self.rows.clamp(min=0)).masked_fill(self.rows < 0, -1)
-        return None if self._simple else own
+        if not spread and self._simple:
+            return None
+        if spread not in self._documents:
+            if spread:
+                found = self._segments.masked_fill(~self.to_positions(self.rows >= 0), -1)
+            else:
+                found = self._segments.gather(1, self.rows.clamp(min=0)).masked_fill(self.rows < 0, -1)
+            self._documents[spread] = found
+        return self._documents[spread]
+
+    def forget(self) -> None:
+        """Lets go of what layers share while they are computed; whoever still needs it has it."""
+        self.taken.clear()
+        self._documents.clear()
 
     def to_positions(self, values: Tensor) -> Tensor:
         """One value a kept row `(batch, k)` at its position `(batch, n)`, zeros elsewhere."""

@@ -16,10 +16,9 @@ class Telemetry:
 
     def kept(self, layer: int, kept: Kept, blocks: Blocks) -> None:
         """A layer has chosen."""
-        share = (kept.rows >= 0).sum() / (blocks.tokens >= 0).sum().clamp(min=1)
-        self._found["lemo/kept_share"].append(share)
+        self._found["lemo/kept_share"].append(kept.share)
         if blocks.config.thresholds is not None:
-            self._found[f"lemo/kept_share/layer_{layer}"].append(share)
+            self._found[f"lemo/kept_share/layer_{layer}"].append(kept.share)
 
     def probe(self, kept: Kept, blocks: Blocks, scores: Tensor) -> None:
         """

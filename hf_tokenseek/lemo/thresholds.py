@@ -1,7 +1,6 @@
 """The paper's Algorithm 1: a threshold for each layer, by finite differences of the loss on held-out text."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -11,7 +10,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..patching import find_causal_lm, find_layers
+from ..files import write_whole
+from ..patching import evaluating, find_causal_lm, find_layers
 from .attach import LemoHandle
 from .config import LemoConfig
 
@@ -72,13 +72,10 @@ def search_thresholds(
 def _loss(model: nn.Module, held_out: Sequence[dict], config: LemoConfig, thresholds: list[float]) -> float:
     """Mean loss of the sparse model over all labels: with `loss="kept"` thresholds would choose what is counted."""
     handle = LemoHandle(model, replace(config, thresholds=thresholds, loss="all"))
-    training = model.training
-    model.eval()
     try:
-        with handle.everywhere(), torch.no_grad():
+        with handle.everywhere(), torch.no_grad(), evaluating(model):
             return sum(model(**inputs).loss.item() for inputs in held_out) / len(held_out)
     finally:
-        model.train(training)
         handle.undo()
 
 
@@ -88,7 +85,6 @@ class _Losses:
     def __init__(self, file: Path, search: dict):
         # as it is read again: JSON has no tuples
         self.file, self.search, self.known = file, json.loads(json.dumps(search)), []
-        file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
             stored = json.loads(file.read_text())
             if stored["search"] != self.search:
@@ -98,7 +94,5 @@ class _Losses:
     def get(self, number: int, measure: Callable[[], float]) -> float:
         if number == len(self.known):
             self.known.append(measure())
-            scratch = self.file.with_suffix(".tmp")
-            scratch.write_text(json.dumps({"search": self.search, "losses": self.known}, indent=1) + "\n")
-            os.replace(scratch, self.file)
+            write_whole(self.file, json.dumps({"search": self.search, "losses": self.known}, indent=1) + "\n")
         return self.known[number]

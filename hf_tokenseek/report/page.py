@@ -1,11 +1,11 @@
 """`report.html` from the records of one run or several."""
 
-import os
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import write_whole
 from . import require_extra
 from .record import RunRecord, read_run
 
@@ -36,10 +36,7 @@ def write_page(folders: Sequence[str | Path], output: str | Path) -> Path:
     require_extra()
     runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = output.with_name(f"{output.name}.tmp")
-    scratch.write_text(render(runs), encoding="utf-8")
-    os.replace(scratch, output)
+    write_whole(output, render(runs))
     return output
 
 

@@ -1,11 +1,12 @@
 """The run's record, `report.jsonl`: one JSON object a line, from which the report can be made at any time."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..files import write_whole
 
 RECORD, STATE = "report.jsonl", "trainer_state.json"
 
@@ -28,10 +29,7 @@ class RecordFile:
 
     def begin(self, events: Iterable[Event]) -> None:
         """A file with these events and nothing else."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.file.with_suffix(".tmp")
-        scratch.write_text(_lines(events), encoding="utf-8")
-        os.replace(scratch, self.file)
+        write_whole(self.file, _lines(events))
 
     def append(self, events: Iterable[Event]) -> None:
         """These events behind the others, in one write."""

@@ -75,7 +75,7 @@ def group_heads(states: torch.Tensor, n_kv_heads: int) -> torch.Tensor:
     return states.reshape(batch, n_kv_heads, heads // n_kv_heads * rows, dim)
 
 
-def block_scores(
+def masked_scores(
     query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scale: float, softcap: float | None
 ) -> torch.Tensor:
     """

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..scores import block_scores, log_sum_exp, row_blocks, visible, wide
+from ..scores import log_sum_exp, masked_scores, row_blocks, visible, wide
 
 
 def attention_mass(query, key, rows, segments, scale, softcap, window, sinks, lse) -> torch.Tensor:
@@ -10,7 +10,7 @@ def attention_mass(query, key, rows, segments, scale, softcap, window, sinks, ls
     mass = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=query.device)
     for block in row_blocks(query.shape[2], 8 * query.shape[0] * query.shape[1] * key.shape[2]):
         seen = visible(rows[:, block], segments, key.shape[2], window)
-        scores = block_scores(query[:, :, block], key, seen, scale, softcap)
+        scores = masked_scores(query[:, :, block], key, seen, scale, softcap)
         if lse is not None:
             # +inf where a row sees nothing: no mass
             mass += scores.sub_(lse[:, :, block].unsqueeze(-1)).exp_().sum((1, 2))

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..scores import block_scores, group_heads, log_sum_exp, row_blocks, visible, wide, wide_dtype
+from ..scores import group_heads, log_sum_exp, masked_scores, row_blocks, visible, wide, wide_dtype
 
 
 def selected_attention_forward(query, key, value, rows, segments, scale, softcap, window, sinks):
@@ -55,7 +55,7 @@ def _flash_block(query, key, value, seen, scale, softcap):
 
 def _dense_block(query, key, value, seen, scale, softcap):
     batch, heads, n_rows, _ = query.shape
-    scores = block_scores(query, key, seen, scale, softcap)
+    scores = masked_scores(query, key, seen, scale, softcap)
     probabilities = scores.softmax(-1)
     out = (group_heads(probabilities, value.shape[1]) @ wide(value)).view(batch, heads, n_rows, -1)
     empty = ~seen.any(-1)[:, None, :, None]
@@ -115,7 +115,7 @@ def _dense_backward_block(d_out, query, key, value, out, lse, seen, rows, scale,
         index = columns.expand(-1, matrix.shape[1], matrix.shape[2], -1)
         return group_heads(matrix.gather(-1, index), kv_heads).transpose(-1, -2)
 
-    scores = block_scores(query, key, seen, scale, softcap)
+    scores = masked_scores(query, key, seen, scale, softcap)
     # the softcap's slope, 1 - tanh^2, from the capped score itself (masked scores have no slope)
     slope = None if softcap is None else 1 - scores.masked_fill(~seen[:, None], 0.0).div_(softcap).square_()
     probabilities = scores.softmax(-1)
