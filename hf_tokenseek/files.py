@@ -1,12 +1,15 @@
 """Files that an interruption cannot leave half written."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Writes `text` beside the place of `file` and puts it there in one go; makes the folder."""
+@contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """Gives a path beside `file` to write to, in a folder that is there, and puts what was written in its place."""
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f"{file.name}.tmp")
-    scratch.write_text(text, encoding="utf-8")
+    yield scratch
     os.replace(scratch, file)

@@ -1,12 +1,12 @@
 """A predictor in training, which survives an interruption, and the figures it is judged by."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hf_tokenseek.files import written_whole
 from hf_tokenseek.lemo.predictor import Predictor
 from hf_tokenseek.lemo.predictor_training import Example, ZeroCounter, agreement, recall, train_step
 
@@ -41,7 +41,6 @@ class PredictorState:
 
     def save(self, file: Path, options: dict[str, Any]) -> None:
         """Write everything, and the options that it has come about by; an interruption leaves no half file."""
-        scratch = file.with_suffix(".tmp")
         stored = {
             "options": options,
             "step": self.step,
@@ -50,8 +49,8 @@ class PredictorState:
             "optimizer": self.optimizer.state_dict(),
             "counter": self.counter.state_dict(),
         }
-        torch.save(stored, scratch)
-        os.replace(scratch, file)
+        with written_whole(file) as scratch:
+            torch.save(stored, scratch)
 
     def gone_on(self, file: Path) -> "PredictorState":
         """The state that was saved in `file`."""

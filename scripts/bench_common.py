@@ -93,10 +93,11 @@ class Results:
         return name in self.cells
 
     def __setitem__(self, name: str, figures: Any) -> None:
-        from hf_tokenseek.files import write_whole
+        from hf_tokenseek.files import written_whole
 
         self.cells[name] = figures
-        write_whole(self.path, json.dumps({"key": self.key, "cells": self.cells}, indent=1) + "\n")
+        with written_whole(self.path) as scratch:
+            scratch.write_text(json.dumps({"key": self.key, "cells": self.cells}, indent=1) + "\n")
 
     def publish(self, report: str) -> None:
         """Prints the report and writes it beside the figures."""

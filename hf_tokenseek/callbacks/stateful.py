@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 
+from ..files import written_whole
 from ..method_config import MethodConfig
 from .method import MethodCallback
 
@@ -46,9 +47,8 @@ class StatefulCallback(MethodCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():
-            scratch = folder / f"{self.state_file}.tmp"
-            torch.save(self.handle.state_dict(), scratch)
-            scratch.replace(folder / self.state_file)
+            with written_whole(folder / self.state_file) as scratch:
+                torch.save(self.handle.state_dict(), scratch)
 
     def read_state(self, args, state) -> dict:
         """

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..files import write_whole
+from ..files import written_whole
 from ..patching import evaluating, find_causal_lm, find_layers
 from .attach import LemoHandle
 from .config import LemoConfig
@@ -94,5 +94,6 @@ class _Losses:
     def get(self, number: int, measure: Callable[[], float]) -> float:
         if number == len(self.known):
             self.known.append(measure())
-            write_whole(self.file, json.dumps({"search": self.search, "losses": self.known}, indent=1) + "\n")
+            with written_whole(self.file) as scratch:
+                scratch.write_text(json.dumps({"search": self.search, "losses": self.known}, indent=1) + "\n")
         return self.known[number]

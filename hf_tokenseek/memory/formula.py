@@ -3,6 +3,7 @@
 from ..method_config import MethodConfig
 from ..seek import SeekConfig
 from ..seek.batch import Sizes
+from ..seek.cost import Cost
 from .training import Training
 
 # RMS norms, gated MLP, grouped heads, nothing else that saves
@@ -65,6 +66,6 @@ def rows_of(training: Training, seek: MethodConfig | None) -> tuple[int, int, bo
     if seek is None:
         return everything, everything, False
     sizes = Sizes.plan([training.seq] * training.batch, [training.labels] * training.batch, True, seek.resolved())
-    selected = sizes.rows / training.seq < (0.75 if training.checkpointing else 2 / 3) or not seek.plain_fallback
+    selected = sizes.rows / training.seq < Cost(3.0 + training.checkpointing).break_even or not seek.plain_fallback
     rows = training.batch * sizes.rows if selected else everything
     return rows, sum(sizes.loss), selected

@@ -5,7 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import write_whole
+from ..files import written_whole
 from . import require_extra
 from .record import RunRecord, read_run
 
@@ -36,7 +36,8 @@ def write_page(folders: Sequence[str | Path], output: str | Path) -> Path:
     require_extra()
     runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
     output = Path(output)
-    write_whole(output, render(runs))
+    with written_whole(output) as scratch:
+        scratch.write_text(render(runs), encoding="utf-8")
     return output
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import write_whole
+from ..files import written_whole
 
 RECORD, STATE = "report.jsonl", "trainer_state.json"
 
@@ -29,7 +29,8 @@ class RecordFile:
 
     def begin(self, events: Iterable[Event]) -> None:
         """A file with these events and nothing else."""
-        write_whole(self.file, _lines(events))
+        with written_whole(self.file) as scratch:
+            scratch.write_text(_lines(events), encoding="utf-8")
 
     def append(self, events: Iterable[Event]) -> None:
         """These events behind the others, in one write."""
