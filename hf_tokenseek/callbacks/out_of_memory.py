@@ -1,8 +1,8 @@
 """What a run that has run out of memory leaves behind: what was alive, and what would have fitted."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..memory.peaks import GIB, table
 from ..memory.plan import budget_of, first_fitting, recipe_options
-from ..memory.training import Training
+from ..memory.run import config_of, memory_bytes, training_of
 from .memory import MemoryCallback
 
 logger = logging.get_logger(__name__)
@@ -81,10 +81,12 @@ def advise(model: nn.Module, args: TrainingArguments, labels: Tensor | None) -> 
     Raises:
         ValueError: the run is none that can be simulated.
     """
-    training, budget = training_of(model, args, labels), budget_of(memory_bytes(args.device))
-    # without what the methods have made of it
-    config = type(model.config).from_dict(model.config.to_dict())
-    found = first_fitting(config, training, budget, ADVICE)
+    if labels is None:
+        raise ValueError("the model was not called with labels. Run `hf-tokenseek fit`.")
+    labelled = max(1, int((labels.cpu() >= 0).sum())) / labels.numel()
+    training = replace(training_of(model, args, *labels.shape), labelled=labelled)
+    budget = budget_of(memory_bytes(args.device))
+    found = first_fitting(config_of(model), training, budget, ADVICE)
     what = f"{training.batch} x {training.seq} tokens in {budget / GIB:.2f} GiB"
     if not found:
         return f"No setting that we know fits {what}: train fewer tokens at a time, adapters, or on several GPUs."
@@ -94,40 +96,6 @@ def advise(model: nn.Module, args: TrainingArguments, labels: Tensor | None) -> 
         options = {name: value for name, value in recipe_options(tried.training).items() if name not in kept}
         lines.append(f"  {tried}\n    {', '.join(f'{name}={value!r}' for name, value in options.items())}")
     return "\n".join(lines)
-
-
-def training_of(model: nn.Module, args: TrainingArguments, labels: Tensor | None) -> Training:
-    """
-    The run's training, without its methods.
-
-    Raises:
-        ValueError: it is none that can be simulated.
-    """
-    if labels is None:
-        raise ValueError("the model was not called with labels. Run `hf-tokenseek fit`.")
-    if args.fsdp or args.deepspeed:
-        raise ValueError("memory was divided among ranks. Run `hf-tokenseek fit` with --strategy and --ranks.")
-    adapters = list(getattr(model, "peft_config", {}).values())
-    if any(not hasattr(adapter, "r") for adapter in adapters):
-        raise ValueError(f"the adapters are none of LoRA: {[type(adapter).__name__ for adapter in adapters]}.")
-    wide = next(p for p in model.parameters() if p.is_floating_point()).dtype == torch.float32
-    batch, seq = labels.shape
-    return Training(
-        seq=seq,
-        batch=batch,
-        labelled=max(1, int((labels.cpu() >= 0).sum())) / labels.numel(),
-        lora=max((adapter.r for adapter in adapters), default=None),
-        optimizer=args.optim.value,
-        dtype=("mixed" if args.bf16 or args.fp16 else "fp32") if wide else "bf16",
-        device=args.device.type,
-    )
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Of the device, or of the whole machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def allocator(device: torch.device) -> str:

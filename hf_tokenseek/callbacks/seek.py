@@ -1,5 +1,7 @@
 """TokenSeek in any `Trainer`, as a callback."""
 
+from dataclasses import asdict, replace
+
 from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -7,6 +9,7 @@ from transformers.utils import logging
 from ..patching import find_causal_lm
 from ..seek import SeekConfig
 from ..seek.attach import SeekHandle
+from ..seek.config import AUTO
 from ..seek.ranks import refuse_strategies
 from ..seek.trl import refuse_trl_arguments
 from .logging import LoggedMetrics
@@ -45,9 +48,13 @@ class SeekCallback(LoggedMetrics):
         refuse_strategies(args, self.config)
         self._attach(model)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs) -> None:
         # `model_init` may have made another model, trl has replaced the forward of this one
         self._attach(model)
+        if self.config.ratio == AUTO:
+            self.handle.config = replace(
+                self.handle.config, ratio=find_ratio(self.config, model, args, train_dataloader)
+            )
         self._described = False
         if state.is_local_process_zero:
             print(self.handle.swapped(), flush=True)
@@ -78,7 +85,34 @@ class SeekCallback(LoggedMetrics):
         if self.handle is not None and self.handle.model is find_causal_lm(model):
             self.handle.resume()
         else:
-            self.handle = SeekHandle(model, self.config)
+            # until training begins and tells what there is to train on
+            config = replace(self.config, ratio=1.0, budget_gib=None) if self.config.ratio == AUTO else self.config
+            self.handle = SeekHandle(model, config)
+
+
+def find_ratio(config: SeekConfig, model: nn.Module, args: TrainingArguments, dataloader) -> float:
+    """
+    The largest share of tokens that memory affords, for the longest sequences of the data.
+
+    Methods count that the arguments name; others can only make it less.
+
+    Raises:
+        ValueError: nothing fits, or the run cannot be simulated.
+    """
+    from ..memory.budget import affordable_ratio
+    from ..memory.plan import budget_of
+    from ..memory.run import config_of, longest_sequence, memory_bytes, training_of
+
+    total = memory_bytes(args.device) if config.budget_gib is None else round(config.budget_gib * 2**30)
+    others = {name: getattr(args, name, None) for name in ("lean", "velora", "ist", "lemo")}
+    methods = {name: value if value is True else asdict(value) for name, value in others.items() if value}
+    methods["seek"] = {**asdict(config), "budget_gib": None}
+    try:
+        seq = longest_sequence(dataloader.dataset, getattr(args, "max_length", None))
+        training = training_of(model, args, args.per_device_train_batch_size, seq)
+        return affordable_ratio(config_of(model), replace(training, methods=methods), budget_of(total))
+    except (ValueError, ModuleNotFoundError) as error:
+        raise ValueError(f"ratio={AUTO!r} cannot be found: {error} Or set a number.") from error
 
 
 def refuse_arguments(args: TrainingArguments) -> None:

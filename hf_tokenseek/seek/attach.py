@@ -12,7 +12,7 @@ from ..patching import PatchedForward, find_causal_lm, leads_to, patched_by
 from .adapters import check_adapters
 from .attention import leave_attention, original_attention, use_attention
 from .batch import Batch, Sizes
-from .config import SeekConfig
+from .config import AUTO, SeekConfig
 from .cost import Cost
 from .heads import FusedHead, LossHead
 from .metrics import SeekMetrics, Trained
@@ -45,6 +45,11 @@ class SeekHandle:
 
     def __init__(self, model: nn.Module, config: SeekConfig):
         self.model = find_causal_lm(model)
+        if config.ratio == AUTO:
+            raise ValueError(
+                f"ratio={AUTO!r} is found by a trainer, which knows the data. Pass a number, such as that of "
+                "hf_tokenseek.memory.affordable_ratio."
+            )
         self.config = config.resolved(trained_share(self.model))
         check_adapters(model, self.model)
         self.decoder = Decoder(self.model)

@@ -9,6 +9,8 @@ SCORES = ("evidence", "context", "gradient", "loss", "entropy", "recent", "rando
 CONTEXT_BIASES = ("none", "count", "harmonic")
 GRADIENT_NORMS = ("l2", "l1", "signed")
 MIXES = ("rank", "zscore")
+# `ratio` that depends on the memory there is
+AUTO = "auto"
 # defaults of `context`, and the share of trained weights below which the second one holds
 CONTEXT, CONTEXT_OF_ADAPTERS, SMALL_ADAPTER = 0.1, 0.25, 0.1
 
@@ -32,8 +34,13 @@ class SeekConfig(MethodConfig):
         labelled (`float`, *optional*, defaults to 1.0):
             Share of the labelled positions to keep as loss rows, in (0, 1]. Below 1 the loss of a sequence is the mean
             over its kept rows, weighted as if all were there.
-        ratio (`float`, *optional*):
-            One budget over all real positions, in (0, 1]; `context` and `labelled` are then not used.
+        ratio (`float` or `"auto"`, *optional*):
+            One budget over all real positions, in (0, 1]; `context` and `labelled` are then not used. `"auto"` is, in
+            a trainer, the largest one with which a step of the longest sequences fits into `budget_gib`; it is found
+            when training starts, by simulating steps (some seconds each for a model of 32 layers).
+        budget_gib (`float`, *optional*):
+            With `ratio="auto"`: GiB that training may take, weights and optimizer included; 8 % of it are left to what
+            cannot be simulated. Defaults to the memory of the device, on a CPU to that of the machine.
         score (`str`, *optional*, defaults to `"evidence"`):
             What decides: `"evidence"` (attention mass received from the labelled queries, all layers and heads),
             `"context"` (the same from all queries), `"gradient"` (gradient norm at the head), `"loss"`, `"entropy"`,
@@ -73,7 +80,10 @@ class SeekConfig(MethodConfig):
         metadata={"help": "Share of unlabelled positions kept as evidence; 0.1, with small adapters 0.25."},
     )
     labelled: float = field(default=1.0, metadata={"help": "Share of labelled positions kept as loss rows."})
-    ratio: float | None = field(default=None, metadata={"help": "The paper's single budget over all positions."})
+    ratio: float | str | None = field(
+        default=None, metadata={"help": "The paper's single budget over all positions; auto: what budget_gib affords."}
+    )
+    budget_gib: float | None = field(default=None, metadata={"help": "GiB that ratio=auto may take."})
     score: str = field(default="evidence", metadata={"help": f"What decides: one of {', '.join(SCORES)}."})
     alpha: float = field(default=1.0, metadata={"help": "Weight of the context term of 'hybrid' and 'paper'."})
     beta: float = field(default=1.0, metadata={"help": "Weight of the gradient term of 'hybrid' and 'paper'."})
@@ -87,11 +97,14 @@ class SeekConfig(MethodConfig):
     seed: int = field(default=0, metadata={"help": "Seed of random scores and of the stochastic top-k."})
 
     def __post_init__(self):
-        self._check_kind(Real, "number", "context", "labelled", "ratio", "alpha", "beta", "temperature")
+        self._check_kind(Real, "number", "context", "labelled", "budget_gib", "alpha", "beta", "temperature")
+        if self.ratio != AUTO:
+            self._check_kind(Real, f"number or {AUTO!r}", "ratio")
+        self._check_budget()
         self._check_kind(Integral, "whole number", "evidence_queries", "probe_steps", "seed")
         for name in ("context", "labelled", "ratio"):
             value, lowest = getattr(self, name), 0.0 if name == "context" else 1e-9
-            if value is not None and not lowest <= value <= 1.0:
+            if value not in (None, AUTO) and not lowest <= value <= 1.0:
                 bound = "[0, 1]" if name == "context" else "(0, 1]"
                 raise ValueError(f"`{name}` should be a share in {bound}, got {value}. Use 1.0 for plain training.")
         self._check_allowed("score", SCORES)
@@ -103,6 +116,14 @@ class SeekConfig(MethodConfig):
         for name in ("temperature", "probe_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` should be 0 (off) or positive, got {getattr(self, name)}.")
+
+    def _check_budget(self) -> None:
+        if self.budget_gib is None:
+            return
+        if self.ratio != AUTO:
+            raise ValueError(f"`budget_gib` needs ratio={AUTO!r}, got ratio={self.ratio}. Set it, or leave it out.")
+        if not self.budget_gib > 0:
+            raise ValueError(f"`budget_gib` should be more than 0, got {self.budget_gib}.")
 
     def resolved(self, trained_share: float = 1.0) -> "SeekConfig":
         """

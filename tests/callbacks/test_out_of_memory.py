@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from hf_tokenseek.callbacks import MemoryCallback
 from hf_tokenseek.callbacks import out_of_memory as module
 from hf_tokenseek.memory.peaks import KINDS
+from hf_tokenseek.memory.run import training_of
 from tests.tiny_training import SELECTS, arguments, logs, trainer
 
 CPU = RuntimeError(
@@ -73,17 +74,17 @@ def test_what_cannot_be_simulated_is_said(tiny_llama, tmp_path, fails):
 
 
 def test_the_training_is_that_of_the_run(tiny_llama, tmp_path):
-    labels = torch.full((3, 10), -100)
-    labels[:, 8:] = 1
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=True, report_to=[])
-    found = module.training_of(tiny_llama(), args, labels)
-    assert (found.seq, found.batch, found.labelled, found.dtype, found.lora) == (10, 3, 0.2, "mixed", None)
-    assert module.training_of(tiny_llama().to(torch.bfloat16), args, labels).dtype == "bf16"
+    found = training_of(tiny_llama(), args, 3, 10)
+    assert (found.seq, found.batch, found.labelled, found.dtype, found.lora) == (10, 3, 1.0, "mixed", None)
+    assert training_of(tiny_llama().to(torch.bfloat16), args, 3, 10).dtype == "bf16"
+    args.gradient_checkpointing = True
+    assert training_of(tiny_llama(), args, 3, 10).checkpointing and not found.checkpointing
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=6, task_type="CAUSAL_LM", target_modules=["q_proj"]))
-    assert module.training_of(adapted, args, labels).lora == 6
+    assert training_of(adapted, args, 3, 10).lora == 6
     with pytest.raises(ValueError, match="not called with labels"):
-        module.training_of(tiny_llama(), args, None)
+        module.advise(tiny_llama(), args, None)
 
 
 def test_level_layer_logs_the_first_steps(tiny_llama, tmp_path):

@@ -15,6 +15,7 @@ from tests.seek.tiny_families import tiny_config
 
 SMALL = Training(seq=64, batch=2, dtype="fp32", device="cpu")
 SEEK = {"seek": {"context": 0.2, "plain_fallback": False}}
+LEMO = {"lemo": {"keep": 0.5, "block": 8, "dense_first": 1}}
 WAYS = {
     "plain": {},
     "checkpointing": {"checkpointing": True},
@@ -24,7 +25,10 @@ WAYS = {
     "velora": {"methods": {"velora": {"groups": 4}}},
     "velora-compressed": {"methods": {"velora": {"groups": 4, "compressed_state": True}}},
     "ist": {"methods": {"ist": {"layers": 0.5}}},
+    "lemo": {"methods": LEMO},
+    "lemo+seek+checkpointing": {"methods": {**LEMO, **SEEK}, "checkpointing": True},
     "lora": {"lora": 4},
+    "lora+lemo": {"lora": 4, "methods": LEMO},
     "lora+ist": {"lora": 4, "methods": {"ist": {"layers": 0.5}}},
     "mixed": {"dtype": "mixed"},
     "bf16": {"dtype": "bf16"},

@@ -29,6 +29,8 @@ def test_exact_ways_come_first_and_names_are_distinct():
 
 def test_the_first_that_fits_is_found_and_nothing_behind_it_is_tried(monkeypatch):
     config, sizes = config_of(), {}
+    # LeMo leaves the first two as they are
+    config.num_hidden_layers = 3
     for tried in try_ways(config, SMALL, 0):
         assert not tried.fits and tried.refusal == ""
         sizes[tried.way.name] = tried.estimate.peak.bytes
@@ -70,7 +72,7 @@ def test_the_recipe_takes_the_options(tmp_path, way, lora):
     assert arguments.per_device_train_batch_size == 3 and arguments.bf16
     assert arguments.gradient_checkpointing == way.checkpointing
     assert arguments.optim == training.optimizer
-    for name in ("seek", "velora", "ist", "lean"):
+    for name in ("seek", "velora", "ist", "lemo", "lean"):
         assert bool(getattr(arguments, name)) == bool(way.methods.get(name))
     if isinstance(way.methods.get("seek"), dict):
         assert arguments.seek.context == 1.0

@@ -11,7 +11,8 @@ from hf_tokenseek.seek.scores import SCORE_FUNCTIONS
 EVERYTHING = {
     "context": 0.2,
     "labelled": 0.5,
-    "ratio": 0.3,
+    "ratio": "auto",
+    "budget_gib": 7.5,
     "score": "hybrid",
     "alpha": 0.7,
     "beta": 0.0,
@@ -67,6 +68,8 @@ def test_unknown_fields_are_named_beside_the_known():
         ("labelled", None, "a number"),
         ("ratio", 0.0, "(0, 1]"),
         ("ratio", 10, "(0, 1]"),
+        ("ratio", "all", "a number or 'auto'"),
+        ("budget_gib", "24GiB", "a number"),
         ("evidence_queries", 12.5, "a whole number"),
         ("seed", None, "a whole number"),
         ("score", "evidnce", str(list(SCORES))),
@@ -87,6 +90,15 @@ def test_errors_say_name_value_and_allowed_set(name, value, allowed):
 def test_bounds_are_allowed():
     for options in ({"context": 0.0}, {"context": 1}, {"labelled": 1e-6}, {"ratio": 1.0}, {"temperature": 0.0}):
         assert vars(SeekConfig(**options)).items() >= options.items()
+
+
+def test_a_budget_is_one_of_the_automatic_ratio():
+    assert SeekConfig(ratio="auto").budget_gib is None
+    with pytest.raises(ValueError, match=r"`budget_gib` needs ratio='auto', got ratio=0.3"):
+        SeekConfig(ratio=0.3, budget_gib=8)
+    for value in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="`budget_gib` should be more than 0"):
+            SeekConfig(ratio="auto", budget_gib=value)
 
 
 def test_every_score_of_the_config_exists():

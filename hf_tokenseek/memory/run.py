@@ -1,0 +1,75 @@
+"""A Trainer's run, as the estimator describes it."""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainingArguments
+
+from .training import Training
+
+
+def training_of(model: nn.Module, args: TrainingArguments, batch: int, seq: int) -> Training:
+    """
+    How the Trainer trains the model, with labels everywhere and without methods.
+
+    Args:
+        model (`nn.Module`): what is trained.
+        args (`transformers.TrainingArguments`): how.
+        batch (`int`): sequences of a micro-batch.
+        seq (`int`): tokens of each.
+
+    Raises:
+        ValueError: it is none that can be simulated.
+    """
+    if args.fsdp or args.deepspeed:
+        raise ValueError("memory was divided among ranks. Run `hf-tokenseek fit` with --strategy and --ranks.")
+    adapters = list(getattr(model, "peft_config", {}).values())
+    if any(not hasattr(adapter, "r") for adapter in adapters):
+        raise ValueError(f"the adapters are none of LoRA: {[type(adapter).__name__ for adapter in adapters]}.")
+    wide = next(p for p in model.parameters() if p.is_floating_point()).dtype == torch.float32
+    return Training(
+        seq=seq,
+        batch=batch,
+        labelled=1.0,
+        checkpointing=args.gradient_checkpointing,
+        lora=max((adapter.r for adapter in adapters), default=None),
+        optimizer=args.optim.value,
+        dtype=("mixed" if args.bf16 or args.fp16 else "fp32") if wide else "bf16",
+        device=args.device.type,
+    )
+
+
+def config_of(model: nn.Module) -> Any:
+    """The model's configuration without what the methods have made of it."""
+    return type(model.config).from_dict(model.config.to_dict())
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Of the device, or of the whole machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def longest_sequence(dataset: Any, max_length: int | None) -> int:
+    """
+    Tokens of the longest sequence that a run will see.
+
+    Args:
+        dataset: of rows with `input_ids`; else `max_length` counts.
+        max_length (`int`, *optional*): where the trainer cuts off.
+
+    Raises:
+        ValueError: neither tells.
+    """
+    rows = len(dataset) if hasattr(dataset, "__len__") else 0
+    if rows == 0 or "input_ids" not in dataset[0]:
+        if max_length is None:
+            raise ValueError("the dataset has no `input_ids` whose lengths can be read beforehand.")
+        return max_length
+    numbers = tqdm(range(rows), desc="reading lengths", leave=False)
+    longest = max(len(dataset[number]["input_ids"]) for number in numbers)
+    return longest if max_length is None else min(longest, max_length)
