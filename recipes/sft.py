@@ -44,6 +44,8 @@ class ModelArguments:
             Name or path of a causal language model, or `"smollm2"` (see [`~recipes.models.load_smollm2`]).
         use_peft (`bool`, *optional*, defaults to `False`):
             Train LoRA adapters instead of all weights; needs the package `peft`.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            With `use_peft`: keep the frozen weights in NF4 (QLoRA); needs the package `bitsandbytes`.
         lora_r (`int`, *optional*, defaults to 8):
             Rank of the adapters.
         lora_alpha (`int`, *optional*, defaults to 16):
@@ -56,12 +58,17 @@ class ModelArguments:
 
     model: str = field(default=SMOLLM2, metadata={"help": "Name or path of a causal model, or `smollm2`."})
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of all weights."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "With use_peft: frozen weights in NF4 (QLoRA)."})
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapters, divided by their rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout at the adapters' input."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Layers that get an adapter; all linear ones but the head if not given."}
     )
+
+    def __post_init__(self):
+        if self.load_in_4bit and not self.use_peft:
+            raise ValueError("`load_in_4bit` freezes the weights and needs adapters. Add --use_peft, or leave it out.")
 
 
 @dataclass
@@ -155,7 +162,7 @@ def prepare(argv: Sequence[str]) -> TokenSeekTrainer:
     """
     model_arguments, data_arguments, training_arguments = parse_arguments(argv)
     begin(training_arguments)
-    model, tokenizer = load_model(model_arguments.model)
+    model, tokenizer = load_model(model_arguments.model, load_in_4bit=model_arguments.load_in_4bit)
     check_lengths(model, data_arguments.max_length)
     if model_arguments.use_peft:
         model = add_lora(model, model_arguments)

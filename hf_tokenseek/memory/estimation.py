@@ -14,6 +14,7 @@ from tokenseek_kernels.dispatch import as_on_a_gpu
 
 from .fake import fake_model, fake_tensors
 from .formula import keeps_scores, saved_formula_bytes
+from .four_bit import weights_of
 from .peaks import GIB, Label, Peak, table
 from .phases import PHASES
 from .step import build_model, track_step
@@ -146,7 +147,7 @@ def estimate(config, training: Training) -> Estimate:
         type(model.get_base_model() if training.lora else model).__name__,
         training,
         {name: peaks[name] for name in order if name in peaks},
-        sum(p.numel() for p in model.parameters()),
+        sum(weights_of(p) for p in model.parameters()),
         sum(p.numel() for p in model.parameters() if p.requires_grad),
         saved,
         saved_formula_bytes(config, training),
@@ -163,8 +164,8 @@ def check(config, training: Training) -> None:
     """
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            "The configuration asks for quantised weights (QLoRA), whose kernels compute on real numbers only: they "
-            "cannot be simulated. Leave quantization_config out; the weights alone then take 4 to 8 times more."
+            "The configuration belongs to quantised weights. Leave quantization_config out, and simulate QLoRA (4-bit "
+            "NF4) with load_in_4bit and a rank of LoRA."
         )
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and training.seq > positions:
@@ -188,11 +189,10 @@ def largest_unit_bytes(model: nn.Module) -> int:
 
 
 @contextmanager
-def _simulated(config, training: Training, mode: FakeTensorMode) -> Iterator[None]:
+def _simulated(config, training: Training, mode: FakeTensorMode) -> Iterator[FakeTensorMode]:
     with ExitStack() as entered:
         if training.device == "cuda":
             entered.enter_context(as_on_a_gpu())
         if keeps_scores(config, training):
             entered.enter_context(sdpa_kernel(SDPBackend.MATH))
-        entered.enter_context(fake_tensors(mode))
-        yield
+        yield entered.enter_context(fake_tensors(mode))

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .four_bit import fake_4bit, is_4bit
+
 
 @contextmanager
 def fake_tensors(mode: FakeTensorMode | None = None) -> Iterator[FakeTensorMode]:
@@ -47,6 +49,8 @@ def fake_model(build: Callable[[], nn.Module], mode: FakeTensorMode) -> nn.Modul
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
+    if is_4bit(tensor):
+        return fake_4bit(tensor)
     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 

@@ -147,6 +147,8 @@ def recipe_options(training: Training, model: str | None = None) -> dict[str, An
     options |= {name: value for name, value in training.methods.items() if name != "seek"}
     if training.lora is not None:
         options |= {"use_peft": True, "lora_r": training.lora}
+    if training.load_in_4bit:
+        options["load_in_4bit"] = True
     return options
 
 

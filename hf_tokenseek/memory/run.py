@@ -29,6 +29,8 @@ def training_of(model: nn.Module, args: TrainingArguments, batch: int, seq: int)
     adapters = list(getattr(model, "peft_config", {}).values())
     if any(not hasattr(adapter, "r") for adapter in adapters):
         raise ValueError(f"the adapters are none of LoRA: {[type(adapter).__name__ for adapter in adapters]}.")
+    if getattr(model, "is_loaded_in_8bit", False):
+        raise ValueError("the weights are 8-bit ones of bitsandbytes; 4-bit ones can be simulated.")
     wide = next(p for p in model.parameters() if p.is_floating_point()).dtype == torch.float32
     return Training(
         seq=seq,
@@ -36,6 +38,7 @@ def training_of(model: nn.Module, args: TrainingArguments, batch: int, seq: int)
         labelled=1.0,
         checkpointing=args.gradient_checkpointing,
         lora=max((adapter.r for adapter in adapters), default=None),
+        load_in_4bit=getattr(model, "is_loaded_in_4bit", False),
         optimizer=args.optim.value,
         dtype=("mixed" if args.bf16 or args.fp16 else "fp32") if wide else "bf16",
         device=args.device.type,
@@ -43,8 +46,10 @@ def training_of(model: nn.Module, args: TrainingArguments, batch: int, seq: int)
 
 
 def config_of(model: nn.Module) -> Any:
-    """The model's configuration without what the methods have made of it."""
-    return type(model.config).from_dict(model.config.to_dict())
+    """The model's configuration without what the methods, and quantising, have made of it."""
+    values = model.config.to_dict()
+    values.pop("quantization_config", None)
+    return type(model.config).from_dict(values)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..patching import Attachment, attach
 from ..seek.batch import IGNORE, known_counts
 from ..velora.optimizer import velora_adamw
+from .four_bit import in_4bit
 from .peaks import Peak
 from .tracker import MemoryTracker
-from .training import OPTIMIZERS, Training
+from .training import Training, optimizer_of
 
 # periods after which sparse tuning has drawn its lowest layer, unless its policy never does
 PERIODS = 256
@@ -29,12 +31,14 @@ def build_model(config, training: Training) -> nn.Module:
         training ([`Training`]): how.
 
     Raises:
-        ModuleNotFoundError: `lora` is asked for and PEFT is not installed.
+        ModuleNotFoundError: `lora` is asked for and PEFT is not installed, or `load_in_4bit` and bitsandbytes is not.
     """
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if training.dtype == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    if training.load_in_4bit:
+        model = in_4bit(model)
     if training.lora is not None:
         try:
             from peft import LoraConfig, get_peft_model
@@ -61,7 +65,7 @@ def track_step(
     Args:
         model (`nn.Module`): from [`build_model`].
         training ([`Training`]): what it was built for.
-        mode (`AbstractContextManager`, *optional*): where its tensors live, if they are fake.
+        mode (`AbstractContextManager`, *optional*): enters a `FakeTensorMode` and returns it, if its tensors are fake.
 
     Returns:
         `(peaks, saved_bytes)`: by phase, and what autograd had saved at the end of forward.
@@ -72,7 +76,9 @@ def track_step(
     with attached(model, training.methods) as handles:
         optimizer = build_optimizer(model, training, handles)
         step = draw_lowest_layer(handles)
-        with mode or nullcontext():
+        with mode or nullcontext() as fake:
+            if fake is not None:
+                take_code_books(optimizer, fake)
             ids = torch.zeros(training.batch, training.seq, dtype=torch.long)
             labels = ids.clone()
             labels[:, : training.seq - training.labels] = IGNORE
@@ -104,7 +110,7 @@ def attached(model: nn.Module, methods: dict[str, Any]) -> Iterator[Attachment]:
 
 def build_optimizer(model: nn.Module, training: Training, handles: Attachment) -> torch.optim.Optimizer:
     """The optimizer that the Trainer would make of the weights that train."""
-    kind, options = OPTIMIZERS[training.optimizer]
+    kind, options = optimizer_of(training.optimizer)
     if handles.velora is not None and handles.velora.config.compressed_state:
         kind, options = velora_adamw(kind, options, training.optimizer, handles.velora.config.moments)
     if training.device == "cuda" and not options.get("fused") and "foreach" in inspect.signature(kind).parameters:
@@ -115,6 +121,12 @@ def build_optimizer(model: nn.Module, training: Training, handles: Attachment) -
     if handles.ist is not None:
         handles.ist.manage(optimizer)
     return optimizer
+
+
+def take_code_books(optimizer: torch.optim.Optimizer, mode: FakeTensorMode) -> None:
+    """Those of 8-bit optimizers are computed from numbers, and so before the mode was entered."""
+    for name, book in getattr(optimizer, "name2qmap", {}).items():
+        optimizer.name2qmap[name] = mode.from_tensor(book)
 
 
 def draw_lowest_layer(handles: Attachment) -> int:

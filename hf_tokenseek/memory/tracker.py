@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_iter
 
 from ..patching import find_causal_lm, find_layers
 from . import live
+from .four_bit import scales_of
 from .live import LiveMemory
 from .peaks import Label, Peak
 from .phases import phase, said
@@ -119,7 +120,8 @@ class MemoryTracker(LiveMemory):
     def _take_in(self, roots: Any) -> None:
         """What is there already."""
         for parameter in self._model.parameters():
-            self._storages.add(parameter, Label("parameters", self._layer_of.get(parameter)))
+            for tensor in (parameter, *scales_of(parameter)):
+                self._storages.add(tensor, Label("parameters", self._layer_of.get(parameter)))
             self._take_gradient(parameter)
         for buffer in self._model.buffers():
             self._storages.add(buffer, Label("parameters"))

@@ -11,13 +11,16 @@ from transformers.optimization import Adafactor
 from ..patching import attach
 
 # what the Trainer makes of `optim`, for those whose steps run on fake tensors
-OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
+_TORCH: dict[str, tuple[type, dict[str, Any]]] = {
     "adamw_torch_fused": (torch.optim.AdamW, {"fused": True}),
     "adamw_torch": (torch.optim.AdamW, {}),
     "sgd": (torch.optim.SGD, {}),
     "rmsprop": (torch.optim.RMSprop, {}),
     "adafactor": (Adafactor, {"scale_parameter": False, "relative_step": False}),
 }
+# of bitsandbytes, two names of the same
+_EIGHT_BIT = ("adamw_bnb_8bit", "adamw_8bit")
+OPTIMIZERS = (*_TORCH, *_EIGHT_BIT)
 DTYPES = ("bf16", "fp32", "mixed")
 DEVICES = ("cuda", "cpu")
 # what one rank holds a part of
@@ -42,6 +45,7 @@ class Training:
         checkpointing (`bool`, *optional*, defaults to `False`): gradient checkpointing.
         lora (`int`, *optional*): rank of LoRA adapters on all linear layers but the head; all weights train if not
             given.
+        load_in_4bit (`bool`, *optional*, defaults to `False`): QLoRA: frozen linear layers in NF4, double quantised.
         optimizer (`str`, *optional*, defaults to `"adamw_torch_fused"`): as in [`~transformers.TrainingArguments`].
         dtype (`str`, *optional*, defaults to `"bf16"`): `"bf16"` or `"fp32"` weights, or `"mixed"`: fp32 weights and
             products in bf16, what `TrainingArguments(bf16=True)` does.
@@ -59,6 +63,7 @@ class Training:
     methods: dict[str, Any] = field(default_factory=dict)
     checkpointing: bool = False
     lora: int | None = None
+    load_in_4bit: bool = False
     optimizer: str = "adamw_torch_fused"
     dtype: str = "bf16"
     device: str = "cuda"
@@ -72,6 +77,10 @@ class Training:
                 raise ValueError(f"`{name}` should be at least {2 if name == 'seq' else 1}, got {value}.")
         if not 0 < self.labelled <= 1:
             raise ValueError(f"`labelled` should be a share in (0, 1], got {self.labelled}.")
+        if self.load_in_4bit and self.lora is None:
+            raise ValueError(
+                "`load_in_4bit` freezes the weights and needs adapters. Set `lora` to a rank, such as 16."
+            )
         if (self.strategy is None) != (self.ranks == 1):
             raise ValueError(
                 f"`strategy` divides memory among at least 2 `ranks`, got {self.strategy!r} with {self.ranks}. Set "
@@ -95,3 +104,24 @@ class Training:
     def labels(self) -> int:
         """Labelled tokens of a sequence; the first token is predicted by none."""
         return min(self.seq - 1, math.ceil(self.labelled * self.seq))
+
+
+def optimizer_of(name: str) -> tuple[type, dict[str, Any]]:
+    """
+    Class and options of an optimizer.
+
+    Args:
+        name (`str`): of `OPTIMIZERS`.
+
+    Raises:
+        ModuleNotFoundError: it is one of bitsandbytes, which is not installed.
+    """
+    if name in _TORCH:
+        return _TORCH[name]
+    try:
+        from bitsandbytes.optim import AdamW
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"{name!r} needs the package `bitsandbytes`. Run `pip install bitsandbytes`."
+        ) from None
+    return AdamW, {"optim_bits": 8}

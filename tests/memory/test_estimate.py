@@ -10,7 +10,7 @@ from hf_tokenseek.memory import MemoryTracker, Training, estimate
 from hf_tokenseek.memory.estimation import largest_unit_bytes
 from hf_tokenseek.memory.formula import LLAMA_LIKE
 from hf_tokenseek.memory.step import attached, build_model, build_optimizer, draw_lowest_layer, loss_of, track_step
-from hf_tokenseek.memory.training import OPTIMIZERS
+from hf_tokenseek.memory.training import OPTIMIZERS, optimizer_of
 from tests.seek.tiny_families import tiny_config
 
 SMALL = Training(seq=64, batch=2, dtype="fp32", device="cpu")
@@ -29,6 +29,9 @@ WAYS = {
     "lemo+seek+checkpointing": {"methods": {**LEMO, **SEEK}, "checkpointing": True},
     "lora": {"lora": 4},
     "lora+lemo": {"lora": 4, "methods": LEMO},
+    "qlora": {"lora": 4, "load_in_4bit": True},
+    "qlora+lean": {"lora": 4, "load_in_4bit": True, "methods": {"lean": True}},
+    "qlora+seek+checkpointing": {"lora": 4, "load_in_4bit": True, "methods": SEEK, "checkpointing": True},
     "lora+ist": {"lora": 4, "methods": {"ist": {"layers": 0.5}}},
     "mixed": {"dtype": "mixed"},
     "bf16": {"dtype": "bf16"},
@@ -55,6 +58,8 @@ def config_of(family):
 def test_equals_the_real_step_to_the_byte(family, way):
     if "lora" in way:
         pytest.importorskip("peft")
+    if "qlora" in way:
+        pytest.importorskip("bitsandbytes")
     config, training = config_of(family), replace(SMALL, **WAYS[way])
     found = estimate(config, training)
     peaks, saved = track_step(build_model(config, training), training)
@@ -65,14 +70,18 @@ def test_equals_the_real_step_to_the_byte(family, way):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizers_equal_the_real_ones_and_are_the_trainers(optimizer, tmp_path):
+    if "8bit" in optimizer:
+        pytest.importorskip("bitsandbytes")
     config, training = config_of("llama"), replace(SMALL, optimizer=optimizer)
     model = build_model(config, training)
     arguments = TrainingArguments(output_dir=str(tmp_path), optim=optimizer, use_cpu=True, report_to=[])
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    mine, own = OPTIMIZERS[optimizer]
+    mine, own = optimizer_of(optimizer)
     assert mine is kind
-    # the others are rates
-    assert {name: value for name, value in options.items() if isinstance(value, bool)} == own
+    # the others are rates, or say that nothing is paged
+    names = {"fused", "scale_parameter", "relative_step", "optim_bits"}
+    assert {name: value for name, value in options.items() if name in names} == own
+    assert not options.get("is_paged")
     assert figures(estimate(config, training).phases) == figures(track_step(model, training)[0])
 
 
@@ -189,7 +198,8 @@ def test_sparse_tuning_is_simulated_with_its_lowest_layer():
         ({"batch": 0}, "`batch` should be at least 1, got 0"),
         ({"labelled": 0.0}, "`labelled` should be a share"),
         ({"dtype": "fp8"}, "`dtype` should be one of .*'bf16'.*got 'fp8'"),
-        ({"optimizer": "adamw_bnb_8bit"}, "`optimizer` should be one of .*adafactor.*got 'adamw_bnb_8bit'"),
+        ({"optimizer": "paged_adamw_8bit"}, "`optimizer` should be one of .*adafactor.*got 'paged_adamw_8bit'"),
+        ({"load_in_4bit": True}, "needs adapters. Set `lora` to a rank"),
         ({"device": "tpu"}, "`device` should be one of"),
         ({"methods": {"sek": True}}, r"unknown names \['sek'\]. Allowed: .*'seek'"),
         ({"strategy": "zero1"}, "at least 2 `ranks`"),
@@ -206,7 +216,7 @@ def test_wrong_values_are_refused(options, message):
 def test_refusals():
     with pytest.raises(ValueError, match="64.*positions|more than the 32 positions"):
         estimate(LlamaConfig(max_position_embeddings=32), SMALL)
-    with pytest.raises(ValueError, match="cannot be simulated"):
+    with pytest.raises(ValueError, match="load_in_4bit and a rank of LoRA"):
         estimate(LlamaConfig(quantization_config={"quant_method": "bitsandbytes"}), SMALL)
     for way, message in (("lean", "finds nothing to swap"), ("velora", "VeLoRA finds no trained linear layer")):
         with pytest.raises(ValueError, match=message):

@@ -60,15 +60,16 @@ def test_what_is_trained_stays_as_it_is():
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
-@pytest.mark.parametrize("lora", [None, 4])
-def test_the_recipe_takes_the_options(tmp_path, way, lora):
-    training = way.of(Training(seq=256, batch=3, dtype="mixed", lora=lora))
+@pytest.mark.parametrize(("lora", "load_in_4bit"), [(None, False), (4, False), (4, True)])
+def test_the_recipe_takes_the_options(tmp_path, way, lora, load_in_4bit):
+    training = way.of(Training(seq=256, batch=3, dtype="mixed", lora=lora, load_in_4bit=load_in_4bit))
     file = tmp_path / "fit.yaml"
     file.write_text(yaml.safe_dump(recipe_options(training, "smollm2")))
     options = ["--config", str(file), "--use_cpu", "true", "--output_dir", str(tmp_path)]
     model, data, arguments = parse_arguments(options)
     assert (model.model, model.use_peft, data.max_length) == ("smollm2", lora is not None, 256)
     assert lora is None or model.lora_r == lora
+    assert model.load_in_4bit == load_in_4bit
     assert arguments.per_device_train_batch_size == 3 and arguments.bf16
     assert arguments.gradient_checkpointing == way.checkpointing
     assert arguments.optim == training.optimizer

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.records import PYTHON_DOCSTRINGS
-from recipes.sft import main, parse_arguments
+from recipes.sft import main, parse_arguments, prepare
 
 QUIET = ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--save_strategy", "no"]
 
@@ -123,3 +123,23 @@ def test_lora_trains_adapters_only(tmp_path, tiny_model, records):
     main([*arguments, "--use_peft", "--lora_r", "2", "--output_dir", str(output), *QUIET])
     assert (output / "adapter_model.safetensors").exists()
     assert not (output / "model.safetensors").exists()
+
+
+def test_qlora_trains_adapters_on_a_4_bit_base(tmp_path, tiny_model, records):
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    output = tmp_path / "out"
+    arguments = ["--model", str(tiny_model), "--dataset", str(records), "--eval_examples", "6", "--max_steps", "2"]
+    arguments += ["--use_peft", "--load_in_4bit", "--output_dir", str(output), *QUIET]
+    trainer = prepare(arguments)
+    weights = {name for name, p in trainer.model.named_parameters() if hasattr(p, "quant_state")}
+    assert len(weights) == sum("proj" in name and "lora" not in name for name, _ in trainer.model.named_parameters())
+    before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert all("lora" in name for name in before)
+    assert any(not torch.equal(before[name], trainer.model.get_parameter(name)) for name in before)
+
+
+def test_4_bit_weights_need_adapters():
+    with pytest.raises(ValueError, match=r"needs adapters. Add --use_peft"):
+        parse_arguments(["--load_in_4bit", "--output_dir", "out"])
