@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .ist import IstConfig
+from .lean import check_tiles
 from .lemo import LemoConfig
 from .method_config import MethodConfig
 from .seek import SeekConfig
@@ -29,9 +30,12 @@ class MethodArguments:
             LeMo's configuration, likewise; off by default.
         lean (`bool`, *optional*, defaults to `False`):
             Swap norms, MLPs and LoRA layers for exact ones that save less for backward.
+        mlp_tiles (`int`, *optional*, defaults to 1):
+            With `lean`: tiles of rows that each MLP is computed in, one after the other, and again in backward; for
+            sequences of many thousands of tokens.
 
     Raises:
-        ValueError: a field of a configuration is unknown or outside its allowed set.
+        ValueError: a field of a configuration is unknown or outside its allowed set, or `mlp_tiles` has no effect.
     """
 
     # the command line takes strings only, so the type is the one that HfArgumentParser can fill
@@ -60,9 +64,20 @@ class MethodArguments:
         metadata={"help": "Swap norms, MLPs and LoRA layers for exact ones that save less for backward."},
     )
 
+    mlp_tiles: int = field(
+        default=1,
+        metadata={"help": "With lean: tiles of rows that each MLP is computed in, and again in backward."},
+    )
+
     def __post_init__(self):
         self.seek, self.velora = SeekConfig.parse(self.seek), VeloraConfig.parse(self.velora)
         self.ist, self.lemo = IstConfig.parse(self.ist), LemoConfig.parse(self.lemo)
+        if check_tiles(self.mlp_tiles) > 1 and not self.lean:
+            raise ValueError(f"mlp_tiles={self.mlp_tiles} tiles lean MLPs. Set lean=True with it, or leave it at 1.")
+        if self.mlp_tiles > 1 and self.velora is not None:
+            raise ValueError(
+                f"VeLoRA knows no tiles, got mlp_tiles={self.mlp_tiles}: each keeps its input. Leave it at 1."
+            )
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,6 +104,9 @@ class TokenSeekArguments(MethodArguments, TrainingArguments):
             LeMo's configuration, likewise; off by default.
         lean (`bool`, *optional*, defaults to `False`):
             Swap norms, MLPs and LoRA layers for exact ones that save less for backward.
+        mlp_tiles (`int`, *optional*, defaults to 1):
+            With `lean`: tiles of rows that each MLP is computed in, one after the other, and again in backward; for
+            sequences of many thousands of tokens.
 
     Raises:
         ValueError: a field of a configuration is unknown or outside its allowed set.

@@ -76,26 +76,30 @@ def recomputed_within(layer: nn.Module, context: Callable[[], AbstractContextMan
     """
     Enters `context`, now and whenever what is computed inside of the block is computed again.
 
-    Some versions of transformers checkpoint inside of a layer's forward: what runs again in the backward pass runs
-    after the block has been left.
+    Some versions of transformers checkpoint inside of a layer's forward, and so do MLPs in tiles: what runs again in
+    the backward pass runs after the block has been left.
     """
-    checkpoint = vars(layer).get("_gradient_checkpointing_func")
+    name = "_gradient_checkpointing_func"
+    checkpoints = {module: vars(module)[name] for module in layer.modules() if name in vars(module)}
 
-    def checkpoint_within(function: Callable, *args, **kwargs):
-        def run(*args, **kwargs):
-            with context():
-                return function(*args, **kwargs)
+    def within(checkpoint: Callable) -> Callable:
+        def checkpoint_within(function: Callable, *args, **kwargs):
+            def run(*args, **kwargs):
+                with context():
+                    return function(*args, **kwargs)
 
-        return checkpoint(run, *args, **kwargs)
+            return checkpoint(run, *args, **kwargs)
 
-    if checkpoint is not None:
-        layer._gradient_checkpointing_func = checkpoint_within
+        return checkpoint_within
+
+    for module, checkpoint in checkpoints.items():
+        setattr(module, name, within(checkpoint))
     try:
         with context():
             yield
     finally:
-        if checkpoint is not None:
-            layer._gradient_checkpointing_func = checkpoint
+        for module, checkpoint in checkpoints.items():
+            setattr(module, name, checkpoint)
 
 
 class PatchedForward:
@@ -223,7 +227,9 @@ class Attachment:
         self.undo()
 
 
-def attach(model: nn.Module, *, seek=None, velora=None, ist=None, lemo=None, lean: bool = False) -> Attachment:
+def attach(
+    model: nn.Module, *, seek=None, velora=None, ist=None, lemo=None, lean: bool = False, mlp_tiles: int = 1
+) -> Attachment:
     """
     Attaches methods to a model for plain training loops.
 
@@ -249,6 +255,8 @@ def attach(model: nn.Module, *, seek=None, velora=None, ist=None, lemo=None, lea
             LeMo's configuration; `True` for the defaults.
         lean (`bool`, *optional*, defaults to `False`):
             Swap norms, MLPs and LoRA layers for exact ones that save less.
+        mlp_tiles (`int`, *optional*, defaults to 1):
+            With `lean`: tiles of rows that each MLP is computed in, one after the other, and again in backward.
 
     Returns:
         [`Attachment`]: with `selection`, `report()` and `undo()`.
@@ -274,6 +282,10 @@ def attach(model: nn.Module, *, seek=None, velora=None, ist=None, lemo=None, lea
         "lemo": (LemoHandle, LemoConfig.parse(lemo)),
     }
     wanted = {name: (kind, config) for name, (kind, config) in methods.items() if config}
+    if mlp_tiles != 1 and not lean:
+        raise ValueError(f"mlp_tiles={mlp_tiles} tiles lean MLPs. Pass lean=True with it, or leave it at 1.")
+    if mlp_tiles != 1 and velora:
+        raise ValueError(f"VeLoRA knows no tiles, got mlp_tiles={mlp_tiles}: each keeps its input. Leave it at 1.")
     if not wanted:
         raise ValueError(
             "attach() got no method to attach. Pass seek=True, velora=True, ist=True, lemo=True or lean=True."
@@ -281,7 +293,7 @@ def attach(model: nn.Module, *, seek=None, velora=None, ist=None, lemo=None, lea
     attached = Attachment()
     try:
         for name, (kind, config) in wanted.items():
-            setattr(attached, name, kind(model) if kind is LeanHandle else kind(model, config))
+            setattr(attached, name, kind(model, mlp_tiles if kind is LeanHandle else config))
     except ValueError:
         attached.undo()
         raise

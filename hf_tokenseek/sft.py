@@ -34,6 +34,9 @@ class TokenSeekSFTConfig(MethodArguments, SFTConfig):
             LeMo's configuration, likewise; off by default.
         lean (`bool`, *optional*, defaults to `False`):
             Swap norms, MLPs and LoRA layers for exact ones that save less for backward.
+        mlp_tiles (`int`, *optional*, defaults to 1):
+            With `lean`: tiles of rows that each MLP is computed in, one after the other, and again in backward; for
+            sequences of many thousands of tokens.
 
     Raises:
         ValueError: a field of a configuration is unknown or outside its allowed set.

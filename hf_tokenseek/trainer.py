@@ -38,7 +38,7 @@ class TokenSeekMixin:
         if seek is not None and not any(isinstance(c, SeekCallback) for c in callbacks):
             callbacks.append(SeekCallback(seek))
         if getattr(args, "lean", False) and not any(isinstance(c, LeanCallback) for c in callbacks):
-            callbacks.append(LeanCallback())
+            callbacks.append(LeanCallback(args.mlp_tiles))
         for name, kind in (("velora", VeloraCallback), ("ist", IstCallback), ("lemo", LemoCallback)):
             config = getattr(args, name, None)
             if config is not None and not any(isinstance(c, kind) for c in callbacks):
@@ -93,12 +93,13 @@ class TokenSeekMixin:
         folder = output_dir or self.args.output_dir
         seek, velora = self._callback(SeekCallback), self._callback(VeloraCallback)
         ist, lemo = self._callback(IstCallback), self._callback(LemoCallback)
+        lean = self._callback(LeanCallback)
         methods = {
             "seek": None if seek is None else asdict(seek.handle.config),
             "velora": None if velora is None else asdict(velora.config),
             "ist": None if ist is None else asdict(ist.config),
             "lemo": None if lemo is None else asdict(lemo.config),
-            "lean": self._callback(LeanCallback) is not None,
+            **({"lean": False} if lean is None else lean.settings),
         }
         if any(methods.values()):
             write_model_card(folder, self.model, methods)

@@ -63,16 +63,21 @@ MODELS = {"Llama-3.2-1B": LLAMA_1B, "Llama-3-8B": LLAMA_8B}
 KEEP = {"lemo": {"keep": 0.4}}
 DENSE, CHECKPOINTING, LEMO, DETACH = "dense", "checkpointing", "keep 0.4", "keep 0.4, detach"
 LEMO_CHECKPOINTING, LEMO_SEEK, LEMO_LEAN = "keep 0.4 + checkpointing", "keep 0.4 + seek 0.1", "keep 0.4 + lean"
+LEAN, TILES = {"lean": True}, {"lean": True, "mlp_tiles": 8}
+LEAN_CHECKPOINTING, TILED = "checkpointing + lean", "checkpointing + lean, 8 tiles"
 ROWS = {
     row.name: row
     for row in (
         Row(DENSE, lora=True),
         Row(CHECKPOINTING, lora=True, checkpointing=True),
+        Row(LEAN_CHECKPOINTING, LEAN, lora=True, checkpointing=True),
+        Row(TILED, TILES, lora=True, checkpointing=True),
         Row(LEMO, KEEP, lora=True),
         Row(DETACH, {"lemo": {"keep": 0.4, "mode": "detach"}}, lora=True),
-        Row(LEMO_LEAN, {**KEEP, "lean": True}, lora=True),
+        Row(LEMO_LEAN, {**KEEP, **LEAN}, lora=True),
         Row(LEMO_SEEK, {**KEEP, "seek": {"ratio": 0.1}}, lora=True),
         Row(LEMO_CHECKPOINTING, KEEP, lora=True, checkpointing=True),
+        Row(f"{LEMO} + {TILED}", {**KEEP, **TILES}, lora=True, checkpointing=True),
     )
 }
 MEMORIES = (24, 80)

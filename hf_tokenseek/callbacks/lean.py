@@ -2,7 +2,7 @@
 
 from transformers import TrainerCallback
 
-from ..lean import LeanHandle
+from ..lean import LeanHandle, check_tiles
 
 
 class LeanCallback(TrainerCallback):
@@ -16,12 +16,23 @@ class LeanCallback(TrainerCallback):
     The layers are swapped when the trainer is built (before accelerate wraps the model) and given back when training
     ends; what was swapped is printed as a table. Works alone, with gradient checkpointing, and with TokenSeek.
 
+    Args:
+        mlp_tiles (`int`, *optional*, defaults to 1):
+            Tiles of rows that each MLP is computed in, one after the other, and again in backward.
+
     Raises:
-        ValueError: the model has no layer that can be made lean, or `use_liger_kernel` has replaced them already.
+        ValueError: the model has no layer that can be made lean, `mlp_tiles` is no whole number of at least 1, or
+            `use_liger_kernel` has replaced the layers already.
     """
 
-    def __init__(self):
+    def __init__(self, mlp_tiles: int = 1):
+        self.mlp_tiles = check_tiles(mlp_tiles)
         self.handle: LeanHandle | None = None
+
+    @property
+    def settings(self) -> dict[str, bool | int]:
+        """The training arguments that say the same."""
+        return {"lean": True, **({"mlp_tiles": self.mlp_tiles} if self.mlp_tiles > 1 else {})}
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
         if args.use_liger_kernel:
@@ -46,4 +57,4 @@ class LeanCallback(TrainerCallback):
             self.handle.undo()
             self.handle = None
         if self.handle is None:
-            self.handle = LeanHandle(model)
+            self.handle = LeanHandle(model, self.mlp_tiles)

@@ -112,7 +112,7 @@ class ReportCallback(TrainerCallback):
         self._file.begin([describe_run(args, model, self._configurations()), *kept])
         self._observe(next((c.handle for c in self.methods if isinstance(c, SeekCallback)), None))
 
-    def _configurations(self) -> dict[str, dict | bool]:
+    def _configurations(self) -> dict[str, dict | bool | int]:
         found = {}
         for callback in self.methods:
             # a handle has the defaults filled in that depend on the model
@@ -120,7 +120,7 @@ class ReportCallback(TrainerCallback):
             if isinstance(config, MethodConfig):
                 found[config.field_name] = asdict(config)
             elif isinstance(callback, LeanCallback):
-                found["lean"] = True
+                found |= callback.settings
         return found
 
     def _observe(self, handle: SeekHandle | None) -> None:

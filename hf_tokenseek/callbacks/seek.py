@@ -104,8 +104,9 @@ def find_ratio(config: SeekConfig, model: nn.Module, args: TrainingArguments, da
     from ..memory.run import config_of, longest_sequence, memory_bytes, training_of
 
     total = memory_bytes(args.device) if config.budget_gib is None else round(config.budget_gib * 2**30)
-    others = {name: getattr(args, name, None) for name in ("lean", "velora", "ist", "lemo")}
-    methods = {name: value if value is True else asdict(value) for name, value in others.items() if value}
+    methods = {name: getattr(args, name) for name in ("lean", "mlp_tiles") if hasattr(args, name)}
+    configs = {name: getattr(args, name, None) for name in ("velora", "ist", "lemo")}
+    methods |= {name: asdict(config) for name, config in configs.items() if config is not None}
     methods["seek"] = {**asdict(config), "budget_gib": None}
     try:
         seq = longest_sequence(dataloader.dataset, getattr(args, "max_length", None))

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..parameters import shape_of
 from . import adapters, mlps, norms
+from .tiles import CHECKPOINT, tiled
 from .trial import Trial
 
 NO_FORM = "no lean form computes the same"
@@ -42,17 +43,18 @@ class LeanHandle:
 
     Args:
         model (`nn.Module`): any model, also inside PEFT or a parallel wrapper.
+        mlp_tiles (`int`, *optional*, defaults to 1): tiles of rows that each MLP is computed in, see [`tiled`].
 
     Attributes:
         swaps (`dict[nn.Module, Swap]`): what was swapped.
         left_alone (`Counter`): class names of norms and MLPs that stay plain because no lean form computes the same.
 
     Raises:
-        ValueError: there is nothing to swap, or the model is lean already.
+        ValueError: there is nothing to swap or nothing to tile, or the model is lean already.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, mlp_tiles: int = 1):
+        self.model, self.mlp_tiles = model, check_tiles(mlp_tiles)
         self.swaps: dict[nn.Module, Swap] = {}
         self.left_alone: Counter[str] = Counter()
         if any(hasattr(type(module), "_plain_class") for module in model.modules()):
@@ -62,7 +64,7 @@ class LeanHandle:
         for module in model.modules():
             key = _likeness(module)
             if key not in known:
-                known[key] = _find_swap(module, dtype)
+                known[key] = _find_swap(module, dtype, mlp_tiles)
             if isinstance(known[key], Swap):
                 self.swaps[module] = known[key]
             elif known[key] == NO_FORM:
@@ -72,12 +74,21 @@ class LeanHandle:
                 f"lean=True finds nothing to swap in {type(model).__name__}: it has no norm written in Python, no MLP "
                 f"of a known form and no LoRA layer (left alone: {dict(self.left_alone)}). Leave lean off."
             )
+        if mlp_tiles > 1 and not any(swap.kind == "MLP" for swap in self.swaps.values()):
+            raise ValueError(
+                f"mlp_tiles={mlp_tiles} finds no MLP of a known form in {type(model).__name__}. Leave it at 1."
+            )
         for module, swap in self.swaps.items():
             module.__class__ = _lean_class(type(module), swap.forward)
+            if self._is_tiled(module):
+                vars(module).update(CHECKPOINT)
 
     def undo(self) -> None:
         """Gives every module its own class back."""
         for module in self.swaps:
+            if self._is_tiled(module):
+                for name in CHECKPOINT:
+                    vars(module).pop(name, None)
             if (plain := getattr(type(module), "_plain_class", None)) is not None:
                 module.__class__ = plain
 
@@ -95,8 +106,23 @@ class LeanHandle:
             lines.append(f"  left alone, as {NO_FORM}: {named}")
         return "\n".join(lines)
 
+    def _is_tiled(self, module: nn.Module) -> bool:
+        return self.mlp_tiles > 1 and self.swaps[module].kind == "MLP"
+
     # one name for what every handle prints
     report = swapped
+
+
+def check_tiles(mlp_tiles: int) -> int:
+    """
+    The same number.
+
+    Raises:
+        ValueError: it is no whole number of at least 1.
+    """
+    if isinstance(mlp_tiles, bool) or not isinstance(mlp_tiles, int) or mlp_tiles < 1:
+        raise ValueError(f"`mlp_tiles` should be a whole number of at least 1, got {mlp_tiles!r}.")
+    return mlp_tiles
 
 
 def _likeness(module: nn.Module) -> tuple:
@@ -107,7 +133,7 @@ def _likeness(module: nn.Module) -> tuple:
     return type(module), settings, shapes
 
 
-def _find_swap(module: nn.Module, dtype: torch.dtype) -> Swap | str | None:
+def _find_swap(module: nn.Module, dtype: torch.dtype, mlp_tiles: int) -> Swap | str | None:
     """How to make `module` lean; NO_FORM if nothing computes the same, `None` if there is nothing to gain."""
     if adapters.is_lora(module):
         return Swap("LoRA", adapters.lean_forward(type(module).forward), "H, cast and dropped", "H")
@@ -120,7 +146,10 @@ def _find_swap(module: nn.Module, dtype: torch.dtype) -> Swap | str | None:
     if found is None:
         return NO_FORM
     forward, trial = found
-    return Swap(kind, forward, *formulas(module, trial)) if trial.after < trial.before else None
+    before, after = formulas(module, trial)
+    if kind == "MLP" and mlp_tiles > 1:
+        return Swap(kind, tiled(forward, mlp_tiles), before, f"{dtype.itemsize} H, in {mlp_tiles} tiles")
+    return Swap(kind, forward, before, after) if trial.after < trial.before else None
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

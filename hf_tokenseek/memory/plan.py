@@ -15,7 +15,8 @@ HEADROOM = 0.08
 _LEAN, _CHUNKED, _SEEK = {"lean": True}, {"seek": {"context": 1.0}}, {"seek": True}
 _VELORA = {"velora": {"groups": 32, "compressed_state": True}}
 _IST = {"ist": {"layers": 0.25}}
-_LEMO = {"lemo": True}
+_LEMO = {"lemo": True, **_CHUNKED}
+_TILES = {"mlp_tiles": 8}
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,16 @@ WAYS = (
     Way("lean + chunked loss", True, {**_LEAN, **_CHUNKED}),
     Way("chunked loss + checkpointing", True, _CHUNKED, True),
     Way("lean + chunked loss + checkpointing", True, {**_LEAN, **_CHUNKED}, True),
+    Way("lean + tiles + chunked loss + checkpointing", True, {**_LEAN, **_TILES, **_CHUNKED}, True),
     Way("seek", False, _SEEK),
     Way("seek + lean", False, {**_SEEK, **_LEAN}),
     Way("seek + checkpointing", False, _SEEK, True),
     Way("seek + lean + checkpointing", False, {**_SEEK, **_LEAN}, True),
+    Way("seek + lean + tiles + checkpointing", False, {**_SEEK, **_LEAN, **_TILES}, True),
     Way("lemo + lean", False, {**_LEMO, **_LEAN}),
     Way("lemo + lean + checkpointing", False, {**_LEMO, **_LEAN}, True),
-    Way("seek + lemo + lean + checkpointing", False, {**_SEEK, **_LEMO, **_LEAN}, True),
+    Way("lemo + lean + tiles + checkpointing", False, {**_LEMO, **_LEAN, **_TILES}, True),
+    Way("lemo + seek + lean + tiles + checkpointing", False, {**_LEMO, **_SEEK, **_LEAN, **_TILES}, True),
     Way("seek + lean + velora", False, {**_SEEK, **_LEAN, **_VELORA}),
     Way("seek + lean + velora + checkpointing", False, {**_SEEK, **_LEAN, **_VELORA}, True),
     Way("seek + lean + ist", False, {**_SEEK, **_LEAN, **_IST}),
@@ -92,9 +96,9 @@ class Tried:
     def __str__(self) -> str:
         kind = "exact" if self.way.exact else "approximate"
         if self.estimate is None:
-            return f"{self.way.name:38} {kind:12} refused: {self.refusal}"
+            return f"{self.way.name:44} {kind:12} refused: {self.refusal}"
         verdict = "fits" if self.fits else "too much"
-        return f"{self.way.name:38} {kind:12} {self.estimate.peak_gib:9.3f} GiB  {verdict}"
+        return f"{self.way.name:44} {kind:12} {self.estimate.peak_gib:9.3f} GiB  {verdict}"
 
 
 def budget_of(memory_bytes: int, headroom: float = HEADROOM) -> int:

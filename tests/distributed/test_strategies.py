@@ -70,8 +70,8 @@ def assert_method_run(strategy: str, config: str, resume: bool, own: tuple, opti
 @pytest.mark.parametrize("strategy", [pytest.param(name, marks=needs_compiler(name)) for name in STRATEGIES])
 def test_two_ranks_equal_one_process_and_resume(strategy, options, one_process):
     folder = options.folder
-    # lean layers are exact, so the plain layers of the one process are their truth too
-    whole = options(strategy, 2, "--save_strategy", "steps", "--lean", "true")
+    # lean layers are exact, in tiles too, so the plain layers of the one process are their truth
+    whole = options(strategy, 2, "--save_strategy", "steps", "--lean", "true", "--mlp_tiles", "3")
     for seen in launch(strategy, RECIPE, whole, folder / f"{strategy}_seen"):
         assert_is(seen, STRATEGIES[strategy])
     expected = assert_same_run(folder / strategy, one_process)

@@ -20,6 +20,7 @@ WAYS = {
     "plain": {},
     "checkpointing": {"checkpointing": True},
     "lean": {"methods": {"lean": True}},
+    "lean+tiles": {"methods": {"lean": True, "mlp_tiles": 3}, "checkpointing": True},
     "seek": {"methods": SEEK},
     "seek+lean+checkpointing": {"methods": {**SEEK, "lean": True}, "checkpointing": True},
     "velora": {"methods": {"velora": {"groups": 4}}},
@@ -37,7 +38,7 @@ WAYS = {
     "bf16": {"dtype": "bf16"},
 }
 # what these refuse is in test_refusals
-REFUSED = {("gpt2", way) for way in ("lean", "seek+lean+checkpointing", "velora", "velora-compressed")}
+REFUSED = {("gpt2", way) for way in ("lean", "lean+tiles", "seek+lean+checkpointing", "velora", "velora-compressed")}
 CASES = [
     (family, way) for family in ("llama", "gemma2", "qwen3", "gpt2") for way in WAYS if (family, way) not in REFUSED
 ]
