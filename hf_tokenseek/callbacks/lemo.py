@@ -1,9 +1,19 @@
 """LeMo in any `Trainer`, as a callback."""
 
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import groupby
+
+from torch import nn
+from transformers import TrainingArguments
+
 from ..lemo import LemoConfig
 from ..lemo.attach import LemoHandle
 from ..lemo.refusals import refuse_arguments
 from .method import MethodCallback
+
+# of the data set, whose longest sequence is what bytes are predicted for
+ROWS_READ = 1000
 
 
 class LemoCallback(MethodCallback):
@@ -31,6 +41,11 @@ class LemoCallback(MethodCallback):
         refuse_arguments(args, self.config)
         self.attach(model)
 
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs) -> None:
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        if state.is_local_process_zero:
+            print(predict(self.config, model, args, train_dataloader), flush=True)
+
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         # callbacks that come later have gone around trl's forward, or have attached TokenSeek, only now
         self.handle.resume()
@@ -44,3 +59,33 @@ class LemoCallback(MethodCallback):
             reset (`bool`, *optional*, defaults to `True`): whether the next call starts from here.
         """
         return {} if self.handle is None else self.handle.telemetry.read(reset)
+
+
+def predict(config: LemoConfig, model: nn.Module, args: TrainingArguments, dataloader) -> str:
+    """What each layer will keep for the backward pass, with LeMo and without, in lines for the table."""
+    from ..memory.estimation import estimate
+    from ..memory.run import config_of, longest_sequence, methods_of, training_of
+
+    try:
+        seq = longest_sequence(dataloader.dataset, getattr(args, "max_length", None), most=ROWS_READ)
+        training = training_of(model, args, args.per_device_train_batch_size, seq)
+        plain = {name: value for name, value in methods_of(args).items() if name != "lemo"}
+        sizes = [
+            estimate(config_of(model), replace(training, methods=methods)).saved_layers_bytes
+            for methods in (plain, {**plain, "lemo": asdict(config)})
+        ]
+    except (ValueError, ModuleNotFoundError) as error:
+        return f"  bytes of layers cannot be predicted: {error}"
+    count = model.config.get_text_config().num_hidden_layers
+    before, after = ([found.get(layer, 0) / 2**20 for layer in range(count)] for found in sizes)
+    lines = [f"  kept for backward at {training.batch} x {seq} tokens, simulated:"]
+    lines += [f"  layers {f'{first} to {last}':10} {mib} MiB each" for first, last, mib in runs_of(before, after)]
+    return "\n".join([*lines, f"  in all     {sum(before):.4g} -> {sum(after):.4g} MiB"])
+
+
+def runs_of(before: list[float], after: list[float]) -> Iterator[tuple[int, int, str]]:
+    """Neighbouring layers of which the same is to be said: `(first, last, what)`."""
+    said = [f"{old:.4g} -> {new:.4g}" for old, new in zip(before, after, strict=True)]
+    for what, run in groupby(enumerate(said), key=lambda item: item[1]):
+        numbers = [number for number, _ in run]
+        yield numbers[0], numbers[-1], what

@@ -101,13 +101,10 @@ def find_ratio(config: SeekConfig, model: nn.Module, args: TrainingArguments, da
     """
     from ..memory.budget import affordable_ratio
     from ..memory.plan import budget_of
-    from ..memory.run import config_of, longest_sequence, memory_bytes, training_of
+    from ..memory.run import config_of, longest_sequence, memory_bytes, methods_of, training_of
 
     total = memory_bytes(args.device) if config.budget_gib is None else round(config.budget_gib * 2**30)
-    methods = {name: getattr(args, name) for name in ("lean", "mlp_tiles") if hasattr(args, name)}
-    configs = {name: getattr(args, name, None) for name in ("velora", "ist", "lemo")}
-    methods |= {name: asdict(config) for name, config in configs.items() if config is not None}
-    methods["seek"] = {**asdict(config), "budget_gib": None}
+    methods = {**methods_of(args), "seek": {**asdict(config), "budget_gib": None}}
     try:
         seq = longest_sequence(dataloader.dataset, getattr(args, "max_length", None))
         training = training_of(model, args, args.per_device_train_batch_size, seq)

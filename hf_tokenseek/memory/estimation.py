@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,7 +45,8 @@ class Estimate:
         parameters (`int`): weights of the model, adapters included.
         trained (`int`): weights that train.
         saved_bytes (`int`): what autograd has saved at the end of forward.
-        saved_formula_bytes (`int`, *optional*): the same in closed form, where there is one.
+        saved_layers_bytes (`dict[int, int]`): what of it belongs to each decoder layer.
+        saved_formula_bytes (`int`, *optional*): all of it in closed form, where there is one.
     """
 
     model: str
@@ -53,6 +55,7 @@ class Estimate:
     parameters: int
     trained: int
     saved_bytes: int
+    saved_layers_bytes: dict[int, int]
     saved_formula_bytes: int | None
 
     @property
@@ -108,6 +111,7 @@ class Estimate:
             "peak_phase": self.peak.phase,
             "phases": phases,
             "saved_bytes": self.saved_bytes,
+            "saved_layers_bytes": {str(layer): size for layer, size in self.saved_layers_bytes.items()},
             "saved_formula_bytes": self.saved_formula_bytes,
             "not_modelled": self.notes(),
         }
@@ -137,8 +141,10 @@ def estimate(config, training: Training) -> Estimate:
     """
     check(config, training)
     mode = FakeTensorMode()
-    model = fake_model(lambda: build_model(config, training), mode)
-    peaks, saved = track_step(model, training, _simulated(config, training, mode))
+    # a run that asks how much it will take draws the same numbers afterwards
+    with torch.random.fork_rng(devices=[]):
+        model = fake_model(lambda: build_model(config, training), mode)
+        peaks, saved, layers = track_step(model, training, _simulated(config, training, mode))
     if "parameters" in training.parts:
         gathered = {Label("parameters"): 2 * largest_unit_bytes(model)}
         peaks = {name: peak if name == "step" else peak.beside(gathered) for name, peak in peaks.items()}
@@ -150,6 +156,7 @@ def estimate(config, training: Training) -> Estimate:
         sum(weights_of(p) for p in model.parameters()),
         sum(p.numel() for p in model.parameters() if p.requires_grad),
         saved,
+        layers,
         saved_formula_bytes(config, training),
     )
 

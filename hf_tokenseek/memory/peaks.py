@@ -65,6 +65,11 @@ class Peak:
             found[label.layer] += size
         return dict(sorted(found.items(), key=lambda item: (item[0] is None, item[0] or 0)))
 
+    def layers_of(self, kind: str) -> dict[int, int]:
+        """Bytes of one of `KINDS` in each decoder layer that has any, ascending."""
+        found = {layer: size for (own, layer), size in self.labels.items() if own == kind and layer is not None}
+        return dict(sorted(found.items()))
+
     def stack(self) -> list[str]:
         """Where it was, the outermost call first; inside of autograd's engine that is the call of `backward`."""
         lines = [f"{code.co_filename}:{line} in {code.co_name}" for code, line in reversed(self.frames)]

@@ -1,6 +1,7 @@
 """A Trainer's run, as the estimator describes it."""
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -45,6 +46,13 @@ def training_of(model: nn.Module, args: TrainingArguments, batch: int, seq: int)
     )
 
 
+def methods_of(args: TrainingArguments) -> dict[str, Any]:
+    """The methods that training arguments name, as [`attach`] takes them; none of plain ones."""
+    methods = {name: getattr(args, name) for name in ("lean", "mlp_tiles") if hasattr(args, name)}
+    configs = {name: getattr(args, name, None) for name in ("seek", "velora", "ist", "lemo")}
+    return methods | {name: asdict(config) for name, config in configs.items() if config is not None}
+
+
 def config_of(model: nn.Module) -> Any:
     """The model's configuration without what the methods, and quantising, have made of it."""
     values = model.config.to_dict()
@@ -59,13 +67,14 @@ def memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def longest_sequence(dataset: Any, max_length: int | None) -> int:
+def longest_sequence(dataset: Any, max_length: int | None, most: int | None = None) -> int:
     """
     Tokens of the longest sequence that a run will see.
 
     Args:
         dataset: of rows with `input_ids`; else `max_length` counts.
         max_length (`int`, *optional*): where the trainer cuts off.
+        most (`int`, *optional*): rows to read at the most; all of them if not given.
 
     Raises:
         ValueError: neither tells.
@@ -75,6 +84,6 @@ def longest_sequence(dataset: Any, max_length: int | None) -> int:
         if max_length is None:
             raise ValueError("the dataset has no `input_ids` whose lengths can be read beforehand.")
         return max_length
-    numbers = tqdm(range(rows), desc="reading lengths", leave=False)
+    numbers = tqdm(range(rows if most is None else min(rows, most)), desc="reading lengths", leave=False)
     longest = max(len(dataset[number]["input_ids"]) for number in numbers)
     return longest if max_length is None else min(longest, max_length)

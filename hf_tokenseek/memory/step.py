@@ -56,7 +56,7 @@ def build_model(config, training: Training) -> nn.Module:
 
 def track_step(
     model: nn.Module, training: Training, mode: AbstractContextManager | None = None
-) -> tuple[dict[str, Peak], int]:
+) -> tuple[dict[str, Peak], int, dict[int, int]]:
     """
     Trains a step; the largest moment of each of its phases as it is from the second step on, and what was saved.
 
@@ -68,7 +68,8 @@ def track_step(
         mode (`AbstractContextManager`, *optional*): enters a `FakeTensorMode` and returns it, if its tensors are fake.
 
     Returns:
-        `(peaks, saved_bytes)`: by phase, and what autograd had saved at the end of forward.
+        `(peaks, saved_bytes, saved_layers_bytes)`: by phase, what autograd had saved at the end of forward, and what
+        of it belongs to each decoder layer.
 
     Raises:
         ValueError: a method refuses the model.
@@ -88,14 +89,15 @@ def track_step(
             with tracker:
                 handles.begin_step(step)
                 loss = loss_of(model, training, ids, labels)
-                saved = tracker.saved.bytes
+                saved, alive = tracker.saved.bytes, tracker.now
                 loss.backward()
                 before = dict(tracker.peaks)
                 optimizer.step()
                 tracker.peaks.clear()
                 optimizer.step()
     state = {label: size for label, size in tracker.now.labels.items() if label.kind == "optimizer"}
-    return {**{name: peak.beside(state) for name, peak in before.items()}, **tracker.peaks}, saved
+    peaks = {**{name: peak.beside(state) for name, peak in before.items()}, **tracker.peaks}
+    return peaks, saved, alive.layers_of("activations")
 
 
 @contextmanager

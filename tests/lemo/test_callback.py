@@ -9,6 +9,8 @@ from peft import get_peft_model
 from transformers import Trainer, TrainerCallback
 
 from hf_tokenseek import LemoCallback, LemoConfig, SeekCallback, TokenSeekTrainer
+from hf_tokenseek.memory import MemoryTracker
+from hf_tokenseek.memory.step import attached
 from tests.ist.tiny_ist import layers_of
 from tests.lemo.deep_lemo import LAYERS, llama
 from tests.lemo.tiny_lemo import lemo
@@ -65,6 +67,34 @@ def test_stock_trainer_with_the_callback_is_our_trainer(tmp_path, capsys):
     assert losses(own) != losses(stock_run(tmp_path))
     assert all(0.4 < entry["lemo/kept_share"] < 0.6 for entry in logs(stock) + logs(own))
     assert not any(key.startswith("lemo/") and key != "lemo/kept_share" for entry in logs(own) for key in entry)
+
+
+def test_the_table_predicts_the_bytes_that_layers_keep(tmp_path, capsys):
+    """Counted at a forward pass of the same size, on a twin."""
+    config = lemo(dense_first=1)
+    trainer = stock_run(tmp_path, LemoCallback(config))
+    said = capsys.readouterr().out
+    length = max(len(row["input_ids"]) for row in trainer.train_dataset)
+    ids = torch.zeros(2, length, dtype=torch.long)
+    counted = []
+    for methods in ({}, {"lemo": config}):
+        model = llama(torch.float32)
+        with attached(model, methods), MemoryTracker(model, ids) as tracker:
+            loss = model(input_ids=ids, labels=ids).loss
+            sizes = tracker.now.layers_of("activations")
+        assert loss.requires_grad
+        counted.append([size / 2**20 for size in sizes.values()])
+    before, after = counted
+    assert f"kept for backward at 2 x {length} tokens" in said
+    assert f"in all     {sum(before):.4g} -> {sum(after):.4g} MiB" in said
+    assert f"layers 0 to 0     {before[0]:.4g} -> {after[0]:.4g} MiB each" in said
+    # tables of rotations aside
+    assert after[0] == pytest.approx(before[0], rel=0.1) and after[1] < 0.7 * before[1]
+
+
+def test_what_cannot_be_predicted_is_said(tmp_path, capsys):
+    stock_run(tmp_path, LemoCallback(lemo()), optim="adagrad")
+    assert "bytes of layers cannot be predicted: `optimizer` should be one of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bf16", [False, True])

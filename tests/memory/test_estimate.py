@@ -63,9 +63,10 @@ def test_equals_the_real_step_to_the_byte(family, way):
         pytest.importorskip("bitsandbytes")
     config, training = config_of(family), replace(SMALL, **WAYS[way])
     found = estimate(config, training)
-    peaks, saved = track_step(build_model(config, training), training)
+    peaks, saved, layers = track_step(build_model(config, training), training)
     assert figures(found.phases) == figures(peaks)
     assert found.saved_bytes == saved > 0
+    assert found.saved_layers_bytes == layers
     assert found.peak.bytes == max(peak.bytes for peak in peaks.values())
 
 
@@ -108,6 +109,14 @@ def test_is_the_second_step_of_a_real_run(way):
     assert found.peak.bytes == tracker.peak.bytes
     for name in ("forward", "backward", "scout"):
         assert name not in tracker.peaks or found.phases[name].kinds == tracker.peaks[name].kinds
+
+
+def test_nothing_random_moves_on():
+    torch.manual_seed(0)
+    truth = torch.rand(3)
+    torch.manual_seed(0)
+    estimate(config_of("llama"), SMALL)
+    assert torch.equal(torch.rand(3), truth)
 
 
 def test_states_are_what_arithmetic_says():
