@@ -59,6 +59,7 @@ def test_yaml_json_line_and_code_mean_the_same(tmp_path, yaml, fields, words, ex
     own, plain = found[0].to_dict(), TrainingArguments(output_dir="out").to_dict()
     assert own.pop("seek") == (None if expected is None else dataclasses.asdict(expected)) and own.pop("lean") is False
     assert own.pop("velora") is None and own.pop("ist") is None and own.pop("lemo") is None
+    assert own.pop("mlp_tiles") == 1
     assert {k: v for k, v in own.items() if k != "logging_dir"} == {
         k: v for k, v in plain.items() if k != "logging_dir"
     }

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenseek_kernels.dispatch import as_on_a_gpu
 
+from ..processes import alone
 from .fake import fake_model, fake_tensors
 from .formula import keeps_scores, saved_formula_bytes
 from .four_bit import weights_of
@@ -198,6 +199,7 @@ def largest_unit_bytes(model: nn.Module) -> int:
 @contextmanager
 def _simulated(config, training: Training, mode: FakeTensorMode) -> Iterator[FakeTensorMode]:
     with ExitStack() as entered:
+        entered.enter_context(alone())
         if training.device == "cuda":
             entered.enter_context(as_on_a_gpu())
         if keeps_scores(config, training):

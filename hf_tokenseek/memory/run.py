@@ -5,6 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
@@ -25,7 +27,7 @@ def training_of(model: nn.Module, args: TrainingArguments, batch: int, seq: int)
     Raises:
         ValueError: it is none that can be simulated.
     """
-    if args.fsdp or args.deepspeed:
+    if args.fsdp or args.deepspeed or _is_divided():
         raise ValueError("memory was divided among ranks. Run `hf-tokenseek fit` with --strategy and --ranks.")
     adapters = list(getattr(model, "peft_config", {}).values())
     if any(not hasattr(adapter, "r") for adapter in adapters):
@@ -46,9 +48,15 @@ def training_of(model: nn.Module, args: TrainingArguments, batch: int, seq: int)
     )
 
 
+def _is_divided() -> bool:
+    # a launcher's configuration is in no argument; outside of a trainer there is no state to be asked
+    divided = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return bool(AcceleratorState._shared_state) and AcceleratorState().distributed_type in divided
+
+
 def methods_of(args: TrainingArguments) -> dict[str, Any]:
     """The methods that training arguments name, as [`attach`] takes them; none of plain ones."""
-    methods = {name: getattr(args, name) for name in ("lean", "mlp_tiles") if hasattr(args, name)}
+    methods = {"lean": True, "mlp_tiles": args.mlp_tiles} if getattr(args, "lean", False) else {}
     configs = {name: getattr(args, name, None) for name in ("seek", "velora", "ist", "lemo")}
     return methods | {name: asdict(config) for name, config in configs.items() if config is not None}
 

@@ -6,6 +6,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
+from ..processes import has_peers
 from .config import SeekConfig
 
 
@@ -20,7 +21,7 @@ def mean_over_ranks(value: float, device: torch.device) -> float:
         value (`float`): this rank's number.
         device (`torch.device`): where the process group can reduce.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not has_peers():
         return value
     total = torch.tensor(value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
     dist.all_reduce(total)

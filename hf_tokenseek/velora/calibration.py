@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..forwarding import decoder_inputs, named_inputs
 from ..patching import evaluating
+from ..processes import has_peers
 from .inputs import Input
 
 
@@ -63,7 +64,7 @@ def _hook_on(unit: Input, real: Tensor, sums: dict[str, Tensor]):
 def _means(sums: dict[str, Tensor], count: Tensor) -> dict[str, Tensor]:
     """Over all ranks, in one message."""
     flat = torch.cat([count.view(1), *sums.values()])
-    if dist.is_available() and dist.is_initialized():
+    if has_peers():
         dist.all_reduce(flat)
     means = (flat[1:] / flat[0].clamp(min=1)).split([len(row) for row in sums.values()])
     return dict(zip(sums, means, strict=True))

@@ -69,11 +69,18 @@ def test_stock_trainer_with_the_callback_is_our_trainer(tmp_path, capsys):
     assert not any(key.startswith("lemo/") and key != "lemo/kept_share" for entry in logs(own) for key in entry)
 
 
+def predicted(said: str) -> str:
+    begin, end = said.index("  kept for backward"), said.index("  in all")
+    return said[begin : said.index("\n", end)]
+
+
 def test_the_table_predicts_the_bytes_that_layers_keep(tmp_path, capsys):
     """Counted at a forward pass of the same size, on a twin."""
     config = lemo(dense_first=1)
     trainer = stock_run(tmp_path, LemoCallback(config))
     said = capsys.readouterr().out
+    own_run(tmp_path, asdict(config))
+    assert predicted(said) == predicted(capsys.readouterr().out)
     length = max(len(row["input_ids"]) for row in trainer.train_dataset)
     ids = torch.zeros(2, length, dtype=torch.long)
     counted = []

@@ -11,6 +11,7 @@ from hf_tokenseek.memory.estimation import largest_unit_bytes
 from hf_tokenseek.memory.formula import LLAMA_LIKE
 from hf_tokenseek.memory.step import attached, build_model, build_optimizer, draw_lowest_layer, loss_of, track_step
 from hf_tokenseek.memory.training import OPTIMIZERS, optimizer_of
+from hf_tokenseek.seek.ranks import mean_over_ranks
 from tests.seek.tiny_families import tiny_config
 
 SMALL = Training(seq=64, batch=2, dtype="fp32", device="cpu")
@@ -117,6 +118,21 @@ def test_nothing_random_moves_on():
     torch.manual_seed(0)
     estimate(config_of("llama"), SMALL)
     assert torch.equal(torch.rand(3), truth)
+
+
+def test_other_ranks_are_not_asked(monkeypatch):
+    """A rank may simulate a step by itself; what waits for the others would wait for ever."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a simulated step spoke to other ranks")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", refuse)
+    for way in ("seek", "velora", "ist", "lemo"):
+        estimate(config_of("llama"), replace(SMALL, **WAYS[way]))
+    with pytest.raises(AssertionError, match="spoke to other ranks"):
+        mean_over_ranks(0.5, torch.device("cpu"))
 
 
 def test_states_are_what_arithmetic_says():

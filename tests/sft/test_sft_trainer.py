@@ -235,7 +235,11 @@ def test_probe_compares_with_the_full_gradient(tiny_llama, tmp_path):
 def test_method_fields_are_those_of_tokenseek_arguments(tmp_path):
     own, other = TokenSeekSFTConfig.__dataclass_fields__, TokenSeekArguments.__dataclass_fields__
     extra = set(other) - set(TrainingArguments.__dataclass_fields__)
-    assert extra == {"seek", "lemo", "velora", "ist", "lean"} == set(own) - set(SFTConfig.__dataclass_fields__)
+    assert (
+        extra
+        == {"seek", "lemo", "velora", "ist", "lean", "mlp_tiles"}
+        == set(own) - set(SFTConfig.__dataclass_fields__)
+    )
     config = TokenSeekSFTConfig(str(tmp_path), seek='{"context": 0.3}', use_cpu=True)
     assert config.seek == SeekConfig(context=0.3) and json.loads(config.to_json_string())["seek"]["context"] == 0.3
     assert config.gradient_checkpointing and config.learning_rate == 2e-5
