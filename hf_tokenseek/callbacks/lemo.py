@@ -66,15 +66,18 @@ def predict(config: LemoConfig, model: nn.Module, args: TrainingArguments, datal
     from ..memory.estimation import estimate
     from ..memory.run import config_of, longest_sequence, methods_of, training_of
 
+    # a trained predictor has real weights; any score keeps as much
+    simulated = config if config.predictor is None else replace(config, score="pooled", predictor=None)
     try:
         seq = longest_sequence(dataloader.dataset, getattr(args, "max_length", None), most=ROWS_READ)
         training = training_of(model, args, args.per_device_train_batch_size, seq)
         plain = {name: value for name, value in methods_of(args).items() if name != "lemo"}
         sizes = [
             estimate(config_of(model), replace(training, methods=methods)).saved_layers_bytes
-            for methods in (plain, {**plain, "lemo": asdict(config)})
+            for methods in (plain, {**plain, "lemo": asdict(simulated)})
         ]
-    except (ValueError, ModuleNotFoundError) as error:
+    # whatever it is: a table must not stop a run that could train
+    except Exception as error:
         return f"  bytes of layers cannot be predicted: {error}"
     count = model.config.get_text_config().num_hidden_layers
     before, after = ([found.get(layer, 0) / 2**20 for layer in range(count)] for found in sizes)

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenseek_kernels.dispatch import as_on_a_gpu
 
+from ..lemo import LemoConfig
 from ..processes import alone
 from .fake import fake_model, fake_tensors
 from .formula import keeps_scores, saved_formula_bytes
@@ -174,6 +175,11 @@ def check(config, training: Training) -> None:
         raise ValueError(
             "The configuration belongs to quantised weights. Leave quantization_config out, and simulate QLoRA (4-bit "
             "NF4) with load_in_4bit and a rank of LoRA."
+        )
+    lemo = LemoConfig.parse(training.methods.get("lemo"))
+    if lemo is not None and lemo.predictor is not None:
+        raise ValueError(
+            "A trained predictor has real weights and cannot be simulated. Any other score keeps as much."
         )
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and training.seq > positions:

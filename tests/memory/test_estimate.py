@@ -242,6 +242,9 @@ def test_wrong_values_are_refused(options, message):
 def test_refusals():
     with pytest.raises(ValueError, match="64.*positions|more than the 32 positions"):
         estimate(LlamaConfig(max_position_embeddings=32), SMALL)
+    trained = {"lemo": {"score": "predictor", "predictor": "folder"}}
+    with pytest.raises(ValueError, match="predictor has real weights"):
+        estimate(config_of("llama"), replace(SMALL, methods=trained))
     with pytest.raises(ValueError, match="load_in_4bit and a rank of LoRA"):
         estimate(LlamaConfig(quantization_config={"quant_method": "bitsandbytes"}), SMALL)
     for way, message in (("lean", "finds nothing to swap"), ("velora", "VeLoRA finds no trained linear layer")):
