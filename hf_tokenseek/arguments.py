@@ -72,12 +72,7 @@ class MethodArguments:
     def __post_init__(self):
         self.seek, self.velora = SeekConfig.parse(self.seek), VeloraConfig.parse(self.velora)
         self.ist, self.lemo = IstConfig.parse(self.ist), LemoConfig.parse(self.lemo)
-        if check_tiles(self.mlp_tiles) > 1 and not self.lean:
-            raise ValueError(f"mlp_tiles={self.mlp_tiles} tiles lean MLPs. Set lean=True with it, or leave it at 1.")
-        if self.mlp_tiles > 1 and self.velora is not None:
-            raise ValueError(
-                f"VeLoRA knows no tiles, got mlp_tiles={self.mlp_tiles}: each keeps its input. Leave it at 1."
-            )
+        check_tiles(self.mlp_tiles, self.lean, self.velora is not None)
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:

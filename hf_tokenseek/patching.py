@@ -266,7 +266,7 @@ def attach(
     """
     from .ist import IstConfig
     from .ist.attach import IstHandle
-    from .lean import LeanHandle
+    from .lean import LeanHandle, check_tiles
     from .lemo import LemoConfig
     from .lemo.attach import LemoHandle
     from .seek import SeekConfig
@@ -282,10 +282,7 @@ def attach(
         "lemo": (LemoHandle, LemoConfig.parse(lemo)),
     }
     wanted = {name: (kind, config) for name, (kind, config) in methods.items() if config}
-    if mlp_tiles != 1 and not lean:
-        raise ValueError(f"mlp_tiles={mlp_tiles} tiles lean MLPs. Pass lean=True with it, or leave it at 1.")
-    if mlp_tiles != 1 and velora:
-        raise ValueError(f"VeLoRA knows no tiles, got mlp_tiles={mlp_tiles}: each keeps its input. Leave it at 1.")
+    check_tiles(mlp_tiles, bool(lean), bool(velora))
     if not wanted:
         raise ValueError(
             "attach() got no method to attach. Pass seek=True, velora=True, ist=True, lemo=True or lean=True."

@@ -64,13 +64,12 @@ class LemoCallback(MethodCallback):
 def predict(config: LemoConfig, model: nn.Module, args: TrainingArguments, dataloader) -> str:
     """What each layer will keep for the backward pass, with LeMo and without, in lines for the table."""
     from ..memory.estimation import estimate
-    from ..memory.run import config_of, longest_sequence, methods_of, training_of
+    from ..memory.run import config_of, largest_training, methods_of
 
     # a trained predictor has real weights; any score keeps as much
     simulated = config if config.predictor is None else replace(config, score="pooled", predictor=None)
     try:
-        seq = longest_sequence(dataloader.dataset, getattr(args, "max_length", None), most=ROWS_READ)
-        training = training_of(model, args, args.per_device_train_batch_size, seq)
+        training = largest_training(model, args, dataloader.dataset, ROWS_READ)
         plain = {name: value for name, value in methods_of(args).items() if name != "lemo"}
         sizes = [
             estimate(config_of(model), replace(training, methods=methods)).saved_layers_bytes
@@ -81,7 +80,7 @@ def predict(config: LemoConfig, model: nn.Module, args: TrainingArguments, datal
         return f"  bytes of layers cannot be predicted: {error}"
     count = model.config.get_text_config().num_hidden_layers
     before, after = ([found.get(layer, 0) / 2**20 for layer in range(count)] for found in sizes)
-    lines = [f"  kept for backward at {training.batch} x {seq} tokens, simulated:"]
+    lines = [f"  kept for backward at {training.batch} x {training.seq} tokens, simulated:"]
     lines += [f"  layers {f'{first} to {last}':10} {mib} MiB each" for first, last, mib in runs_of(before, after)]
     return "\n".join([*lines, f"  in all     {sum(before):.4g} -> {sum(after):.4g} MiB"])
 

@@ -101,13 +101,12 @@ def find_ratio(config: SeekConfig, model: nn.Module, args: TrainingArguments, da
     """
     from ..memory.budget import affordable_ratio
     from ..memory.plan import budget_of
-    from ..memory.run import config_of, longest_sequence, memory_bytes, methods_of, training_of
+    from ..memory.run import config_of, largest_training, memory_bytes, methods_of
 
     total = memory_bytes(args.device) if config.budget_gib is None else round(config.budget_gib * 2**30)
     methods = {**methods_of(args), "seek": {**asdict(config), "budget_gib": None}}
     try:
-        seq = longest_sequence(dataloader.dataset, getattr(args, "max_length", None))
-        training = training_of(model, args, args.per_device_train_batch_size, seq)
+        training = largest_training(model, args, dataloader.dataset)
         return affordable_ratio(config_of(model), replace(training, methods=methods), budget_of(total))
     except (ValueError, ModuleNotFoundError) as error:
         raise ValueError(f"ratio={AUTO!r} cannot be found: {error} Or set a number.") from error

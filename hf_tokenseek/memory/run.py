@@ -48,6 +48,23 @@ def training_of(model: nn.Module, args: TrainingArguments, batch: int, seq: int)
     )
 
 
+def largest_training(model: nn.Module, args: TrainingArguments, dataset: Any, most: int | None = None) -> Training:
+    """
+    The same of a micro-batch of the data's longest sequence.
+
+    Args:
+        model (`nn.Module`): what is trained.
+        args (`transformers.TrainingArguments`): how.
+        dataset: what on, as in [`longest_sequence`].
+        most (`int`, *optional*): rows of it to read at the most; all of them if not given.
+
+    Raises:
+        ValueError: it is none that can be simulated, or nothing tells how long sequences are.
+    """
+    seq = longest_sequence(dataset, getattr(args, "max_length", None), most)
+    return training_of(model, args, args.per_device_train_batch_size, seq)
+
+
 def _is_divided() -> bool:
     # a launcher's configuration is in no argument; outside of a trainer there is no state to be asked
     divided = (DistributedType.FSDP, DistributedType.DEEPSPEED)
