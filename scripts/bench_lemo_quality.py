@@ -60,7 +60,6 @@ def needles(tokenizer, split: str, length: int, count: int) -> Encoded:
     """Source files of about `length` tokens with a needle at a random depth, and a question about it at the end."""
     draw, found = random.Random(f"{split} {length}"), []
     for file in source_files(split):
-        lines = file.splitlines()
         ids = tokenizer(file[: length * 8], add_special_tokens=False)["input_ids"]
         if len(ids) < length:
             continue

@@ -1,6 +1,8 @@
 """
 Held-out loss of full fine-tuning, LoRA, fewer sequences at equal cost, and TokenSeek by score: SmolLM2-135M.
 
+Each method has as many steps as full training, and once more as many as fit into the wall time of full training.
+
     python scripts/bench_quality.py --task docstrings                 # times, rates, three seeds, then the table
     python scripts/bench_quality.py --task docstrings --seeds         # times only
     python scripts/bench_quality.py --task docstrings --table-only    # the table of what has been run
@@ -40,7 +42,8 @@ from hf_tokenseek import attach
 # learning rates to choose from: of weights, and of adapters
 RATES = {False: (1e-4, 2e-4, 4e-4), True: (1e-3, 2e-3, 4e-3)}
 # the model knows code: at those rates it only forgets
-SOURCE_TEXT_RATES = {False: (1e-5, 3e-5, 1e-4), True: (1e-4, 3e-4, 1e-3)}
+SOURCE_TEXT_RATES = {False: (1e-5, 3e-5, 1e-4, 3e-4), True: (1e-4, 3e-4, 1e-3, 3e-3)}
+EQUAL_TIME = ", equal time"
 
 
 @dataclass(frozen=True)
@@ -51,31 +54,32 @@ class Method:
     Args:
         seek (`dict`, *optional*): fields of [`SeekConfig`]; `None` trains every row.
         lora (`bool`): train rank-16 adapters on all linear layers instead of the weights.
+        checkpointing (`bool`): compute every layer again in backward, otherwise full training.
         share (`float`): share of the batch's sequences to train on.
-        equal_time (`bool`): take as many more steps as fit into the wall time of full training.
         rate_of (`str`, *optional*): use the learning rate that was chosen for this method.
     """
 
     seek: dict | None = None
     lora: bool = False
+    checkpointing: bool = False
     share: float = 1.0
-    equal_time: bool = False
     rate_of: str | None = None
 
 
-METHODS = {
+AT_EQUAL_STEPS = {
     "full": Method(),
-    "seek evidence": Method(seek={}),
-    "seek evidence, equal time": Method(seek={}, equal_time=True, rate_of="seek evidence"),
-    "full, half the sequences": Method(share=0.5, rate_of="full"),
+    "checkpointing": Method(checkpointing=True, rate_of="full"),
+    "full, half the sequences": Method(share=0.5),
     "LoRA": Method(lora=True),
+    "seek evidence": Method(seek={}),
     "seek random": Method(seek={"score": "random"}, rate_of="seek evidence"),
     "seek context": Method(seek={"score": "context"}, rate_of="seek evidence"),
-    "seek paper, ratio 0.1": Method(seek={"score": "paper", "ratio": 0.1}, rate_of="seek evidence"),
-    "seek gradient, ratio 0.1": Method(seek={"score": "gradient", "ratio": 0.1}, rate_of="seek evidence"),
-    "seek loss, ratio 0.1": Method(seek={"score": "loss", "ratio": 0.1}, rate_of="seek evidence"),
-    "seek random, ratio 0.1": Method(seek={"score": "random", "ratio": 0.1}, rate_of="seek evidence"),
+    "seek paper, ratio 0.1": Method(seek={"score": "paper", "ratio": 0.1}),
+    "seek gradient, ratio 0.1": Method(seek={"score": "gradient", "ratio": 0.1}),
+    "seek loss, ratio 0.1": Method(seek={"score": "loss", "ratio": 0.1}),
+    "seek random, ratio 0.1": Method(seek={"score": "random", "ratio": 0.1}),
 }
+METHODS = AT_EQUAL_STEPS | {f"{name}{EQUAL_TIME}": method for name, method in AT_EQUAL_STEPS.items() if name != "full"}
 
 
 def build(method: Method, seed: int) -> nn.Module:
@@ -88,6 +92,8 @@ def build(method: Method, seed: int) -> nn.Module:
         model = get_peft_model(
             model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
         )
+    if method.checkpointing:
+        model.gradient_checkpointing_enable()
     return model.train()
 
 
@@ -153,11 +159,10 @@ def run(method: Method, rate: float, seed: int, steps: int, train: Callable, eva
     return evaluate(model)
 
 
-def time_steps(methods: set[str], batch_for: Callable, repeats: int) -> dict[str, list[float]]:
+def time_steps(batch_for: Callable, repeats: int) -> dict[str, list[float]]:
     """Seconds of `repeats` training steps of each method, optimizer included; the first, a warm-up, is left out."""
-    seconds = {name: [] for name in methods}
-    for name in tqdm(sorted(methods), desc="timing"):
-        method = METHODS[name]
+    seconds = {name: [] for name in AT_EQUAL_STEPS}
+    for name, method in tqdm(AT_EQUAL_STEPS.items(), desc="timing"):
         model = build(method, 0)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
         with nullcontext() if method.seek is None else attach(model, seek=method.seek):
@@ -174,10 +179,21 @@ def rates_of(name: str, task: str) -> tuple[float, ...]:
     return (SOURCE_TEXT_RATES if task == "source-text" else RATES)[METHODS[name].lora]
 
 
+def rated_as(name: str) -> str:
+    """The method for which the learning rate of method `name` is chosen."""
+    return METHODS[name].rate_of or name.removesuffix(EQUAL_TIME)
+
+
 def chosen_rate(results: Results, name: str) -> float:
     """The learning rate with the lowest validation loss of this method, or of the one whose rate it takes."""
-    name = METHODS[name].rate_of or name
+    name = rated_as(name)
     return min(rates_of(name, results.key["task"]), key=lambda rate: results.cells[f"rate | {name} | {rate}"])
+
+
+def steps_in_equal_time(results: Results, name: str, steps: int) -> int:
+    """How many steps of a method take the time of `steps` steps of full training."""
+    full, own = (statistics.median(results.cells["seconds"][n]) for n in ("full", name.removesuffix(EQUAL_TIME)))
+    return round(steps * full / own)
 
 
 def table(results: Results) -> str:
@@ -188,7 +204,7 @@ def table(results: Results) -> str:
         if not runs:
             continue
         losses = [figures["loss"] for figures in runs]
-        seconds = Spread.of(results.cells["seconds"][_timed_as(name)])
+        seconds = Spread.of(results.cells["seconds"][name.removesuffix(EQUAL_TIME)])
         steps = runs[0]["steps"]
         rows.append(
             [
@@ -203,10 +219,6 @@ def table(results: Results) -> str:
         )
     head = ["method", "learning rate", "steps", "seeds", "held-out loss", "s/step (range)", "s in all steps"]
     return markdown_table(head, rows)
-
-
-def _timed_as(name: str) -> str:
-    return METHODS[name].rate_of if METHODS[name].equal_time else name
 
 
 def main() -> None:
@@ -249,13 +261,11 @@ def fill(results: Results, args: argparse.Namespace) -> None:
         return lambda model: held_out_loss(model, batches)
 
     cell(results, "environment", environment)
-    cell(
-        results, "seconds", lambda: time_steps({_timed_as(name) for name in args.methods}, train, args.timing_repeats)
-    )
+    cell(results, "seconds", lambda: time_steps(train, args.timing_repeats))
     cell(results, "before", lambda: evaluator("test")(build(METHODS["full"], 0)))
     if not args.seeds:
         return
-    needed = dict.fromkeys(METHODS[name].rate_of or name for name in args.methods)
+    needed = dict.fromkeys(map(rated_as, args.methods))
     sweep = [(name, rate) for name in needed for rate in rates_of(name, args.task)]
     for name, rate in tqdm(sweep, desc="learning rates"):
         job = partial(run, METHODS[name], rate, 100, args.rate_steps, train, evaluator("validation"))
@@ -263,9 +273,8 @@ def fill(results: Results, args: argparse.Namespace) -> None:
     # seed by seed, so that an interrupted bench has whole seeds
     for seed, name in tqdm([(s, n) for s in args.seeds for n in args.methods], desc="runs"):
         steps, rate = args.steps, chosen_rate(results, name)
-        if METHODS[name].equal_time:
-            own, full = (statistics.median(results.cells["seconds"][n]) for n in (_timed_as(name), "full"))
-            steps = round(steps * full / own)
+        if name.endswith(EQUAL_TIME):
+            steps = steps_in_equal_time(results, name, steps)
 
         def job(name=name, rate=rate, seed=seed, steps=steps):
             loss = run(METHODS[name], rate, seed, steps, train, evaluator("test"))

@@ -63,7 +63,7 @@ class LemoCallback(MethodCallback):
 
 def predict(config: LemoConfig, model: nn.Module, args: TrainingArguments, dataloader) -> str:
     """What each layer will keep for the backward pass, with LeMo and without, in lines for the table."""
-    from ..memory.estimation import estimate
+    from ..memory.estimation import estimate_saved_layers
     from ..memory.run import config_of, largest_training, methods_of
 
     # a trained predictor has real weights; any score keeps as much
@@ -72,7 +72,7 @@ def predict(config: LemoConfig, model: nn.Module, args: TrainingArguments, datal
         training = largest_training(model, args, dataloader.dataset, ROWS_READ)
         plain = {name: value for name, value in methods_of(args).items() if name != "lemo"}
         sizes = [
-            estimate(config_of(model), replace(training, methods=methods)).saved_layers_bytes
+            estimate_saved_layers(config_of(model), replace(training, methods=methods))
             for methods in (plain, {**plain, "lemo": asdict(simulated)})
         ]
     # whatever it is: a table must not stop a run that could train

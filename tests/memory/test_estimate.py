@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig, Trainer, TrainingArguments
 
 from hf_tokenseek.memory import MemoryTracker, Training, estimate
-from hf_tokenseek.memory.estimation import largest_unit_bytes
+from hf_tokenseek.memory.estimation import estimate_saved_layers, largest_unit_bytes
 from hf_tokenseek.memory.formula import LLAMA_LIKE
 from hf_tokenseek.memory.step import attached, build_model, build_optimizer, draw_lowest_layer, loss_of, track_step
 from hf_tokenseek.memory.training import OPTIMIZERS, optimizer_of
@@ -67,7 +67,7 @@ def test_equals_the_real_step_to_the_byte(family, way):
     peaks, saved, layers = track_step(build_model(config, training), training)
     assert figures(found.phases) == figures(peaks)
     assert found.saved_bytes == saved > 0
-    assert found.saved_layers_bytes == layers
+    assert found.saved_layers_bytes == layers == estimate_saved_layers(config, training)
     assert found.peak.bytes == max(peak.bytes for peak in peaks.values())
 
 
