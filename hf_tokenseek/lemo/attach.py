@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from .blocks import Blocks, Layout
 from .config import LemoConfig
 from .elimination import Elimination
 from .layer import SparseLayer
-from .neurons import NeuronMlp
+from .neurons import NeuronMlp, check_form
 from .predictor import Predictor
 from .refusals import check_model, check_with_seek
 from .scores import Scorer
@@ -52,17 +53,23 @@ class LemoHandle:
         self.shares = config.shares(len(layers))
         self._predictor = None if config.predictor is None else Predictor.load(config.predictor, self.model, config)
         sublayers = [None if config.mlp == "tokens" else Sublayers(layer) for layer in layers]
-        mlps = [own.mlp for own, share in zip(sublayers, self.shares, strict=True) if own and share < 1]
-        self._neurons = NeuronMlp.of_all(mlps, config.neurons) if config.mlp == "neurons" else []
+        with_neurons = [config.mlp == "neurons" and share < 1 for share in self.shares]
+        # whatever refuses the model does so before anything of it is replaced
+        for own in compress(sublayers, with_neurons):
+            check_form(own.mlp)
         use_attention(self.model, self)
         self.step, self.micro_step = 0, 0
         self.elimination: Elimination | None = None
         self.telemetry = Telemetry()
         self.signature = inspect.signature(self.model.forward)
         self._always = False
+        self._neurons = [
+            NeuronMlp(own.mlp, config.neurons) if has else None
+            for own, has in zip(sublayers, with_neurons, strict=True)
+        ]
         self._layers = [
-            SparseLayer(layer, index, own, config)
-            for index, (layer, own) in enumerate(zip(layers, sublayers, strict=True))
+            SparseLayer(layer, index, *own, config)
+            for index, (layer, *own) in enumerate(zip(layers, sublayers, self._neurons, strict=True))
         ]
         self._patch_forward()
 
@@ -86,7 +93,7 @@ class LemoHandle:
     def undo(self) -> None:
         """Gives the model its own forwards back."""
         self._patch.undo()
-        for patched in reversed([*self._neurons, *self._layers]):
+        for patched in reversed([*filter(None, self._neurons), *self._layers]):
             patched.undo()
         leave_attention(self.model, self)
 

@@ -80,8 +80,11 @@ class Blocks:
         real (`list[int]`): real tokens of each sequence; host numbers, from which all sizes follow.
         config ([`LemoConfig`]): size of a block, and which ones come first.
 
+    Packed documents follow one another in a row; a block may hold the end of one and the begin of the next.
+
     Attributes:
         tokens (`torch.LongTensor` of shape `(batch, blocks, block)`): positions of the tokens, -1 for none.
+        documents (`torch.LongTensor` of the same shape): numbers of the documents they are of, -1 for none.
         counts (`list[int]`): blocks of each sequence.
     """
 
@@ -95,14 +98,23 @@ class Blocks:
         order = order.masked_fill(segments.gather(1, order) < 0, -1)[:, :slots]
         tokens = torch.nn.functional.pad(order, (0, slots - order.shape[1]), value=-1)
         self.tokens = tokens.view(batch, self.count, config.block)
-        labelled = (targets != IGNORE).gather(1, tokens.clamp(min=0)) & (tokens >= 0)
-        self.labelled = labelled.view_as(self.tokens).any(2)
-        self._priority = self._priorities(self.labelled)
+        self.documents = self._at_tokens(segments, -1)
+        self.labelled = self._at_tokens(targets != IGNORE, False).any(2)
+        self._priority = self._priorities()
 
     @property
     def exists(self) -> Tensor:
         """`torch.BoolTensor` of shape `(batch, blocks)`: short sequences have fewer."""
         return self.tokens[:, :, 0] >= 0
+
+    @property
+    def reach(self) -> tuple[Tensor, Tensor]:
+        """
+        Two `torch.LongTensor` of shape `(batch, blocks)`: the first block that shares a document with each block, and
+        the one behind the last.
+        """
+        first, last = self._documents_of_blocks()
+        return torch.searchsorted(last, first), torch.searchsorted(first, last, right=True)
 
     def asking(self, queries: str) -> Tensor:
         """
@@ -182,11 +194,38 @@ class Blocks:
         index = torch.arange(self.count, device=wanted.device)
         return torch.where(wanted, index, 2 * self.count - index).argsort(1).argsort(1)
 
-    def _priorities(self, labelled: Tensor) -> Tensor:
-        index = torch.arange(self.count, device=labelled.device)
-        from_end = torch.tensor(self.counts, device=labelled.device)[:, None] - 1 - index
-        always = (index < self.config.sinks) | ((from_end >= 0) & (from_end < self.config.recent))
-        priority = torch.full(labelled.shape, OTHER, device=labelled.device)
+    def _at_tokens(self, values: Tensor, fill) -> Tensor:
+        """One value a position `(batch, n)` where the blocks' tokens stand, `(batch, blocks, block)`."""
+        found = values.gather(1, self.tokens.flatten(1).clamp(min=0)).view_as(self.tokens)
+        return found.masked_fill(self.tokens < 0, fill)
+
+    def _documents_of_blocks(self) -> tuple[Tensor, Tensor]:
+        """The first and the last document of each block, `(batch, blocks)`, ascending also where there is none."""
+        beyond = self.segments.shape[1]
+        first, last = self.documents[:, :, 0], self.documents.amax(2)
+        return tuple(own.masked_fill(~self.exists, beyond).contiguous() for own in (first, last))
+
+    def _priorities(self) -> Tensor:
+        priority = torch.full_like(self.labelled, OTHER, dtype=torch.long)
         if self.config.labelled:
-            priority = priority.masked_fill(labelled, LABELLED)
-        return priority.masked_fill(always, ALWAYS).masked_fill(~self.exists, ABSENT)
+            # where all blocks have labels these tell none apart, and a threshold has to be able to
+            tell = (self.labelled != self.exists).any(1, keepdim=True)
+            priority = priority.masked_fill(self.labelled & tell, LABELLED)
+        return priority.masked_fill(self._at_edges(), ALWAYS).masked_fill(~self.exists, ABSENT)
+
+    def _at_edges(self) -> Tensor:
+        """Which blocks are among the first `sinks` or the last `recent` ones of a document, `(batch, blocks)`."""
+        flat = self.documents.flatten(1)
+        changes = flat[:, 1:] != flat[:, :-1]
+        begins, ends = (
+            (torch.nn.functional.pad(changes, side, value=True) & (flat >= 0)).view_as(self.documents).any(2)
+            for side in ((1, 0), (0, 1))
+        )
+        first, last = self._documents_of_blocks()
+        edges = begins & (self.config.sinks > 0) | ends & (self.config.recent > 0)
+        # the document that begins last in a block reaches furthest behind it; likewise back from an end
+        for steps in range(1, min(self.config.sinks, self.count)):
+            edges[:, steps:] |= begins[:, :-steps] & (last[:, :-steps] == first[:, steps:])
+        for steps in range(1, min(self.config.recent, self.count)):
+            edges[:, :-steps] |= ends[:, steps:] & (first[:, steps:] == last[:, :-steps])
+        return edges

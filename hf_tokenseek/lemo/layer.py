@@ -1,6 +1,8 @@
 """One decoder layer on the rows it keeps."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,11 +10,12 @@ from torch import Tensor, nn
 
 from tokenseek_kernels import join_rows, split_rows
 
-from ..patching import PatchedForward, evaluating
+from ..patching import PatchedForward, evaluating, recomputed_within
 from ..seek.attention import DitchState, ScoutState
 from ..seek.passes import hold
 from .config import LemoConfig
 from .elimination import Elimination
+from .neurons import NeuronMlp
 from .states import KeptDitchState, KeptScoutState, KeptState, PeekState, Places
 from .sublayers import Sublayers
 
@@ -94,11 +97,19 @@ class SparseLayer:
         layer (`nn.Module`): the decoder layer; its instance gets another `forward`.
         index (`int`): its place among the layers.
         sublayers ([`Sublayers`], *optional*): if its MLP runs on all tokens.
+        neurons ([`NeuronMlp`], *optional*): if that MLP keeps its largest columns.
         config ([`LemoConfig`]): what becomes of dropped tokens.
     """
 
-    def __init__(self, layer: nn.Module, index: int, sublayers: Sublayers | None, config: LemoConfig):
-        self.layer, self.index, self.sublayers, self.config = layer, index, sublayers, config
+    def __init__(
+        self,
+        layer: nn.Module,
+        index: int,
+        sublayers: Sublayers | None,
+        neurons: NeuronMlp | None,
+        config: LemoConfig,
+    ):
+        self.layer, self.index, self.sublayers, self.neurons, self.config = layer, index, sublayers, neurons, config
         self.patch = PatchedForward(layer, self._run, when=lambda: True)
 
     def undo(self) -> None:
@@ -123,8 +134,15 @@ class SparseLayer:
             return run(call, call.hidden, places, lemo)
         with self.sublayers.attention_only():
             hidden = run(call, call.hidden, places, lemo)
-        with self.sublayers.mlp_only():
+        with self.sublayers.mlp_only(), self._counting(call, lemo):
             return call(hidden, None, call.seek)
+
+    def _counting(self, call: LayerCall, lemo: Elimination) -> AbstractContextManager:
+        """Tells the MLP which rows are real tokens."""
+        if self.neurons is None:
+            return nullcontext()
+        real = call.seek.rows >= 0 if isinstance(call.seek, DitchState) else lemo.blocks.segments >= 0
+        return recomputed_within(self.layer, partial(self.neurons.counting, real))
 
     def _elide(self, call: LayerCall, hidden: Tensor, places: Places, lemo: Elimination) -> Tensor:
         if isinstance(call.seek, DitchState):

@@ -1,6 +1,7 @@
 """An MLP that computes everything and remembers its largest columns: exact forward, approximate backward."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,8 @@ class NeuronMlp:
     """
     Stands in front of a frozen MLP's forward; of its inner state the largest columns are kept for the backward pass.
 
-    A column's size is what it has over all tokens: the norm of its activation, and of its factor in a gated MLP. The
-    others pass no gradient on. This is what the released code of LeMo does in place of eliminating tokens in MLPs.
+    A column's size is what it has over all real tokens: the norm of its activation, and of its factor in a gated MLP.
+    The others pass no gradient on. This is what the released code of LeMo does in place of eliminating tokens in MLPs.
 
     Args:
         mlp (`nn.Module`): of a known form, with plain linear layers whose weights do not train.
@@ -30,15 +31,17 @@ class NeuronMlp:
     def __init__(self, mlp: nn.Module, share: float):
         self.mlp, self.form, self.share = mlp, check_form(mlp), share
         self.activation = TORCH[activation_name(getattr(mlp, self.form.activation))]
+        self._real: Tensor | None = None
         self.patch = PatchedForward(mlp, self._run)
 
-    @classmethod
-    def of_all(cls, mlps: Iterable[nn.Module], share: float) -> list["NeuronMlp"]:
-        """Of several MLPs; if one of them is refused, none is patched."""
-        mlps = list(mlps)
-        for mlp in mlps:
-            check_form(mlp)
-        return [cls(mlp, share) for mlp in mlps]
+    @contextmanager
+    def counting(self, real: Tensor) -> Iterator[None]:
+        """Inside the block tokens that are not `real` `(batch, rows)` have no say in which columns are kept."""
+        before, self._real = self._real, real
+        try:
+            yield
+        finally:
+            self._real = before
 
     def undo(self) -> None:
         """Gives the MLP its forward back."""
@@ -47,22 +50,23 @@ class NeuronMlp:
     def _run(self, original: Callable, args: tuple, kwargs: dict) -> Tensor:
         hidden, form = args[0] if args else kwargs["hidden_states"], self.form
         inner = [part for name in form.inner for part in _parameters(getattr(self.mlp, name))]
-        return _Neurons.apply(hidden, self.activation, self.share, form.fused, *_parameters(_down(self)), *inner)
+        options = self._real, self.activation, self.share, form.fused
+        return _Neurons.apply(hidden, *options, *_parameters(_down(self)), *inner)
 
 
 class _Neurons(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, activation: Activation, share: float, fused: bool, down, down_bias, *inner):
+    def forward(ctx, x, real: Tensor | None, activation: Activation, share: float, fused: bool, down, bias, *inner):
         states = [F.linear(x, weight, bias) for weight, bias in zip(inner[::2], inner[1::2], strict=True)]
         if fused:
             states = list(states[0].chunk(2, dim=-1))
         active = activation.value(states[0])
-        sizes = [state.flatten(0, -2).float().norm(dim=0) for state in (active, *states[1:])]
+        sizes = [_sizes(state, real) for state in (active, *states[1:])]
         kept = max(1, int(share * active.shape[-1] * (1 + 1e-12)))
         columns = sum(sizes).topk(kept).indices.sort().values
         ctx.activation, ctx.fused, ctx.width = activation, fused, active.shape[-1]
         ctx.save_for_backward(columns, down, *inner[::2], *(state.index_select(-1, columns) for state in states))
-        return F.linear(active * states[1] if len(states) > 1 else active, down, down_bias)
+        return F.linear(active * states[1] if len(states) > 1 else active, down, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -71,11 +75,13 @@ class _Neurons(torch.autograd.Function):
         states = rest[len(weights) :]
         if ctx.fused:
             weights = weights[0].split(ctx.width)
-        grad_inner = grad @ down.index_select(1, columns)
+        # under autocast weights are wider than what comes back
+        weights = [weight.index_select(0, columns).to(grad.dtype) for weight in weights]
+        grad_inner = grad @ down.index_select(1, columns).to(grad.dtype)
         grads = [ctx.activation.chain(grad_inner * states[1] if len(states) > 1 else grad_inner, states[0])]
         if len(states) > 1:
             grads.append(grad_inner * ctx.activation.value(states[0]))
-        grad_x = sum(part @ weight.index_select(0, columns) for part, weight in zip(grads, weights, strict=True))
+        grad_x = sum(part @ weight for part, weight in zip(grads, weights, strict=True))
         return (grad_x, *(None for _ in ctx.needs_input_grad[1:]))
 
 
@@ -100,6 +106,13 @@ def check_form(mlp: nn.Module) -> Form:
             "on the attention does), or use mlp='tokens'."
         )
     return form
+
+
+def _sizes(state: Tensor, real: Tensor | None) -> Tensor:
+    """Norms of the columns of `(batch, rows, width)`, float32."""
+    if real is not None:
+        state = state.masked_fill(~real[:, :, None], 0.0)
+    return state.flatten(0, -2).float().norm(dim=0)
 
 
 def _down(owner: NeuronMlp) -> nn.Linear:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..patching import find_layers
 from .blocks import Blocks
 from .config import LemoConfig
-from .scores import looks
+from .scores import askers, looks
 
 WEIGHTS, SHAPES = "lemo_predictor.safetensors", "lemo_predictor.json"
 
@@ -94,15 +94,14 @@ class Predictor(nn.Module):
         """
         Scores of a layer's blocks `(batch, blocks)` from their means `(batch, blocks, width)`, float32.
 
-        They are logarithms of the blocks' shares in the paper's score, but for a constant of each sequence.
+        They are logarithms of the blocks' shares in the paper's score, but for a constant of each document.
         """
         means = means.float()
         # the layer's own norm forgets the length, too
         means = means * torch.rsqrt(means.square().mean(-1, keepdim=True) + 1e-6)
         query, key = (tower(means)[:, None] for tower in self.towers[layer])
-        asking = blocks.asking(self.shape.queries)
         # the mean look: longer sequences, which have more of them, do not make shares more extreme
-        return looks(query, key, asking, self.shape.queries) / asking.sum(1, keepdim=True).clamp(min=1)
+        return looks(query, key, blocks, self.shape.queries) / askers(blocks, self.shape.queries)
 
     def save(self, folder: str | Path) -> None:
         """Writes weights and shapes into `folder`, beside whatever else is there, such as an adapter."""

@@ -41,9 +41,9 @@ class Scorer:
         rows = None if self.config.rope else _one_place(call, blocks)
         peek = call.peek(call.hidden, rows)
         # in the order of blocks: padding leaves no holes in them
-        rows, real = blocks.tokens.flatten(1).clamp(min=0), blocks.tokens.flatten(1) >= 0
+        rows = blocks.tokens.flatten(1).clamp(min=0)
         query, key = (_at(rows, states) for states in (peek.query, peek.key))
-        segments = blocks.segments.gather(1, rows).masked_fill(~real, -1)
+        segments = blocks.documents.flatten(1)
         queries = self.config.queries
         if queries == "labelled":
             # a query of zeros scores nothing
@@ -58,8 +58,7 @@ class Scorer:
         middle = tokens.gather(2, (count - 1).clamp(min=0)[:, :, None] // 2)[:, :, 0]
         rows = middle if self.config.rope else tokens[:, :1, 0].expand_as(middle)
         peek = call.peek(pool(call.hidden, blocks), rows)
-        queries = self.config.queries
-        return looks(peek.query, peek.key, blocks.asking(queries), queries)
+        return looks(peek.query, peek.key, blocks, self.config.queries)
 
     def _random(self, layer: int, call, elimination) -> Tensor:
         generator = torch.Generator().manual_seed(mixed_seed(self.config.seed, *self._place, layer))
@@ -94,26 +93,39 @@ def pool(hidden: Tensor, blocks: Blocks) -> Tensor:
     return rows.unflatten(1, blocks.tokens.shape[1:]).sum(2) / count
 
 
-def looks(query: Tensor, key: Tensor, asking: Tensor, queries: str) -> Tensor:
+def looks(query: Tensor, key: Tensor, blocks: Blocks, queries: str) -> Tensor:
     """
     How much the blocks' queries look at each block's key, summed over heads, `(batch, blocks)` float32.
 
-    A column sum of products is the product with a sum: time is linear in the blocks.
+    Blocks see each other that share a document. A column sum of products is the product with a sum: time is linear in
+    the blocks.
 
     Args:
         query (`torch.Tensor` of shape `(batch, heads, blocks, dim)`): one query a block.
         key (`torch.Tensor` of shape `(batch, kv_heads, blocks, dim)`): one key a block.
-        asking (`torch.BoolTensor` of shape `(batch, blocks)`): whose queries count, see [`Blocks.asking`].
+        blocks ([`Blocks`]): which these are of.
         queries (`str`): `"all"`, `"later"` (the block's own included) or `"earlier"` (likewise); `"labelled"` ones
             look as `"later"` ones.
     """
-    query = query.float().masked_fill(~asking[:, None, :, None], 0.0)
+    query = query.float().masked_fill(~blocks.asking(queries)[:, None, :, None], 0.0)
     query = query.unflatten(1, (key.shape[1], -1)).sum(2)
-    before = query.cumsum(2)
-    total = before[:, :, -1:]
-    later = total - before + query
-    asked = {"all": total, "earlier": before, "later": later, "labelled": later}[queries]
-    return (asked * key.float()).sum((1, 3))
+    first, behind = blocks.reach
+    own = torch.arange(blocks.count, device=query.device).expand_as(first)
+    begin = own if queries in ("later", "labelled") else first
+    end = own + 1 if queries == "earlier" else behind
+    return (_summed(query, begin, end) * key.float()).sum((1, 3))
+
+
+def askers(blocks: Blocks, queries: str) -> Tensor:
+    """How many blocks that ask share a document with each block, at least 1, `(batch, blocks)` float32."""
+    asking = blocks.asking(queries).float()[:, None, :, None]
+    return _summed(asking, *blocks.reach)[:, 0, :, 0].clamp(min=1)
+
+
+def _summed(states: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+    """Sums of `(batch, heads, blocks, dim)` from block `begin` to the one before `end`, both `(batch, blocks)`."""
+    before = torch.nn.functional.pad(states.cumsum(2), (0, 0, 1, 0))
+    return _at(end, before) - _at(begin, before)
 
 
 def _at(rows: Tensor, states: Tensor) -> Tensor:

@@ -16,18 +16,19 @@ NAN, INF = math.nan, math.inf
 shares = st.sampled_from([0.01, 0.1, 0.29, 0.4, 0.5, 0.99, 1.0])
 
 
-def blocks_of(mask, labels=None, **fields) -> Blocks:
+def blocks_of(mask, labels=None, documents=None, **fields) -> Blocks:
     """Blocks of sequences whose real tokens are those of `mask`; positions with `labels` predict something."""
     mask = torch.as_tensor(mask, dtype=torch.bool)
+    documents = torch.zeros_like(mask, dtype=torch.long) if documents is None else torch.as_tensor(documents)
     targets = torch.full(mask.shape, IGNORE)
     if labels is not None:
         targets = targets.masked_fill(torch.as_tensor(labels) & mask, 7)
-    return Blocks(torch.where(mask, 0, -1), targets, mask.sum(1).tolist(), lemo(**fields))
+    return Blocks(documents.masked_fill(~mask, -1), targets, mask.sum(1).tolist(), lemo(**fields))
 
 
 @st.composite
 def problems(draw, values=st.integers(-2, 2), **fixed):  # noqa: B008
-    """Sequences with padding anywhere and labels anywhere, and scores of their blocks with many ties."""
+    """Sequences with padding and labels anywhere, of documents of any length, and scores of blocks with many ties."""
     batch, n = draw(st.integers(1, 3)), draw(st.integers(1, 20))
 
     def table(cells, width):
@@ -48,9 +49,11 @@ def problems(draw, values=st.integers(-2, 2), **fixed):  # noqa: B008
     }
     # labels are few
     labelled = table(st.sampled_from([False] * 4 + [True]), n)
-    blocks = blocks_of(mask, labelled, **fields)
+    begins = table(st.sampled_from([False] * 5 + [True]), n) if draw(st.booleans()) else [[False] * n] * batch
+    documents = torch.tensor(begins).cumsum(1)
+    blocks = blocks_of(mask, labelled, documents, **fields)
     scores = torch.tensor(table(values, blocks.count), dtype=torch.float32)
-    return blocks, scores, mask, labelled
+    return blocks, scores, mask, labelled, documents.tolist()
 
 
 def cut_by_hand(mask: list[bool], block: int) -> list[list[int]]:
@@ -59,15 +62,29 @@ def cut_by_hand(mask: list[bool], block: int) -> list[list[int]]:
     return [real[first : first + block] for first in range(0, len(real), block)]
 
 
-def ranked_by_hand(scores: list[float], own: list[list[int]], labelled: list[bool], config: LemoConfig) -> list[int]:
+def edges_by_hand(own: list[list[int]], documents: list[int], config: LemoConfig) -> set[int]:
+    """Blocks that are always kept: the first and the last ones of each document."""
+    edges = set()
+    for document in set(documents):
+        mine = [index for index, block in enumerate(own) if any(documents[position] == document for position in block)]
+        edges |= {*mine[: config.sinks], *mine[max(0, len(mine) - config.recent) :]}
+    return edges
+
+
+def labelled_by_hand(own: list[list[int]], labelled: list[bool], config: LemoConfig) -> set[int]:
+    """Blocks that have labels, where not all do."""
+    found = {index for index, block in enumerate(own) if any(labelled[position] for position in block)}
+    return found if config.labelled and len(found) < len(own) else set()
+
+
+def ranked_by_hand(scores: list[float], edges: set[int], labelled: set[int], count: int) -> list[int]:
     """Blocks in the order in which they are taken: always, labelled, by score, by index."""
 
     def rank(index: int):
-        always = index < config.sinks or index >= len(own) - config.recent
-        has_label = config.labelled and any(labelled[position] for position in own[index])
-        return (not always, always or not has_label, -scores[index], index)
+        always = index in edges
+        return (not always, always or index not in labelled, -scores[index], index)
 
-    return sorted(range(len(own)), key=rank)
+    return sorted(range(count), key=rank)
 
 
 def budget(share: float, count: int, config: LemoConfig) -> int:
@@ -86,12 +103,14 @@ def kept_of(kept, row: int) -> tuple[list[int], list[int]]:
 @settings(max_examples=200, deadline=None)
 @given(problems(), shares)
 def test_equals_selection_by_hand(problem, share):
-    blocks, scores, masks, labels = problem
+    blocks, scores, masks, labels, documents = problem
     kept = blocks.choose(scores, share)
     for row, (mask, labelled) in enumerate(zip(masks, labels, strict=True)):
         own = cut_by_hand(mask, blocks.config.block)
         assert blocks.counts[row] == len(own)
-        ranked = ranked_by_hand(scores[row].tolist(), own, labelled, blocks.config)
+        edges = edges_by_hand(own, documents[row], blocks.config)
+        firm = labelled_by_hand(own, labelled, blocks.config)
+        ranked = ranked_by_hand(scores[row].tolist(), edges, firm, len(own))
         expected = sorted(ranked[: budget(share, len(own), blocks.config)])
         found, rows = kept_of(kept, row)
         assert found == expected
@@ -101,7 +120,7 @@ def test_equals_selection_by_hand(problem, share):
 @settings(max_examples=200, deadline=None)
 @given(problems(st.sampled_from([NAN, INF, -INF, 0.0, 1.0, -1e38, 3e38])), shares, st.sampled_from([None, 0.0, 1.0]))
 def test_laws_hold_whatever_the_scores(problem, share, threshold):
-    blocks, scores, masks, _ = problem
+    blocks, scores, masks, _, documents = problem
     least = None if threshold is None else share / 2
     kept = blocks.choose(scores, share, least, threshold or 0.0)
     for row, mask in enumerate(masks):
@@ -113,15 +132,15 @@ def test_laws_hold_whatever_the_scores(problem, share, threshold):
         assert kept.blocks[row].tolist() == sorted(set(found)) + [-1] * (kept.blocks.shape[1] - len(found))
         assert all(0 <= index < count for index in found)
         assert rows == sorted(set(rows)) and all(mask[position] for position in rows)
-        assert set(range(min(blocks.config.sinks, most))) <= set(found)
-        if blocks.config.sinks + blocks.config.recent <= count:
-            assert set(range(count - blocks.config.recent, count)) <= set(found)
+        edges = edges_by_hand(cut_by_hand(mask, blocks.config.block), documents[row], blocks.config)
+        # of many short documents there are more than there is room for
+        assert edges <= set(found) if len(edges) <= most else set(found) <= edges
 
 
 @settings(max_examples=200, deadline=None)
 @given(problems(queries="later"), shares, shares, st.sampled_from([0.0, 0.5, 1.0, 2.0, 9.0]))
 def test_thresholds_keep_what_is_above_within_bounds(problem, one, other, threshold):
-    blocks, scores, masks, labels = problem
+    blocks, scores, masks, labels, documents = problem
     least, most = sorted((one, other))
     kept = blocks.choose(scores, most, least, threshold)
     config = blocks.config
@@ -129,16 +148,12 @@ def test_thresholds_keep_what_is_above_within_bounds(problem, one, other, thresh
         own = cut_by_hand(mask, config.block)
         values = [max(0.0, score) for score in scores[row].tolist()][: len(own)]
         mean = sum(values) / len(own)
-        ranked = ranked_by_hand(scores[row].tolist(), own, labelled, config)
-        firm = [
-            index < config.sinks
-            or index >= len(own) - config.recent
-            or (config.labelled and any(labelled[position] for position in own[index]))
-            for index in range(len(own))
-        ]
+        edges, has_label = edges_by_hand(own, documents[row], config), labelled_by_hand(own, labelled, config)
+        ranked = ranked_by_hand(scores[row].tolist(), edges, has_label, len(own))
+        firm = edges | has_label
         # small whole numbers: a score that is exactly the mean is no matter of rounding, unless the mean is
         near = any(mean and abs(value / mean - threshold) < 1e-6 for value in values)
-        wanted = {i for i, value in enumerate(values) if firm[i] or (value / mean if mean else 0.0) >= threshold}
+        wanted = {i for i, value in enumerate(values) if i in firm or (value / mean if mean else 0.0) >= threshold}
         expected = [
             index
             for place, index in enumerate(ranked[: budget(most, len(own), config)])
@@ -151,7 +166,7 @@ def test_thresholds_keep_what_is_above_within_bounds(problem, one, other, thresh
 @settings(max_examples=200, deadline=None)
 @given(problems(st.integers(-2, 5), queries="earlier"), shares, shares, st.sampled_from([0.0, 0.5, 1.0]), st.data())
 def test_no_later_block_decides_about_an_earlier_one(problem, one, other, threshold, data):
-    blocks, scores, _, _ = problem
+    blocks, scores, *_ = problem
     least, most = sorted((one, other))
     before = blocks.choose(scores, most, least, threshold)
     at = data.draw(st.integers(0, blocks.count - 1))
@@ -230,6 +245,34 @@ def test_labelled_blocks_come_first_as_far_as_there_is_room():
         (False, 0.4): [0, 1, 3, 9],
         (False, 0.6): [0, 1, 3, 5, 6, 9],
     }
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, 100.0])
+def test_thresholds_choose_where_every_token_has_a_label(threshold):
+    scores = torch.arange(10.0)[None]
+    blocks = blocks_of(torch.ones(1, 40), torch.ones(1, 40, dtype=torch.bool), sinks=1, recent=1)
+    # the mean is 4.5; between the edges
+    expected = {0.0: list(range(10)), 1.0: [0, 5, 6, 7, 8, 9], 100.0: [0, 9]}[threshold]
+    assert kept_of(blocks.choose(scores, 1.0, 0.01, threshold), 0)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("sinks", "recent", "edges"),
+    [
+        (1, 0, [0, 2, 4]),
+        (2, 0, [0, 1, 2, 3, 4, 5]),
+        (0, 1, [2, 3, 5]),
+        (0, 2, [1, 2, 3, 4, 5]),
+        (1, 1, [0, 2, 3, 4, 5]),
+    ],
+)
+def test_every_document_keeps_its_edges(sinks, recent, edges):
+    # 11, 5 and 8 tokens in blocks of four: the third block has the end of the first and the begin of the second
+    documents = torch.tensor([[0] * 11 + [1] * 5 + [2] * 8])
+    blocks = blocks_of(torch.ones(1, 24), None, documents, sinks=sinks, recent=recent)
+    # the others would be taken before them
+    scores = torch.ones(1, 6).index_fill(1, torch.tensor(edges), 0.0)
+    assert kept_of(blocks.choose(scores, len(edges) / 6), 0)[0] == edges
 
 
 def test_who_asks():

@@ -41,7 +41,7 @@ def naive(mlp: nn.Module, x: torch.Tensor, share: float) -> torch.Tensor:
     if form.fused:
         states = states[0].chunk(2, -1)
     active = getattr(mlp, form.activation)(states[0])
-    sizes = sum(part.detach().flatten(0, -2).norm(dim=0) for part in (active, *states[1:]))
+    sizes = sum(part.detach().flatten(0, -2).double().norm(dim=0) for part in (active, *states[1:]))
     mask = torch.zeros_like(sizes)
     mask[sizes.argsort(descending=True)[: max(1, int(share * len(sizes)))]] = 1
     return getattr(mlp, form.down)(MaskedColumns.apply(active * states[1] if len(states) > 1 else active, mask))
@@ -64,6 +64,48 @@ def test_backward_is_that_of_the_largest_columns(family, share):
     if share == 1:
         torch.testing.assert_close(found, torch.autograd.grad(mlp(x), x, upstream)[0], rtol=TOLERANCE, atol=TOLERANCE)
     assert "forward" not in vars(mlp)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_backward_under_autocast_is_that_of_the_plain_mlp(share):
+    """Weights and input in float32, as the Trainer's `bf16=True` has them."""
+    mlp = frozen_mlp("llama").float()
+    x = torch.randn(2, 7, 64, requires_grad=True)
+    upstream = torch.randn(2, 7, 64, dtype=torch.bfloat16)
+
+    def gradient(run):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = run(x)
+        return torch.autograd.grad(output, x, upstream)[0]
+
+    expected = gradient(lambda x: naive(mlp, x, share))
+    patched = NeuronMlp(mlp, share)
+    found = gradient(mlp)
+    patched.undo()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("seek", [None, {"context": 0.5, "plain_fallback": False}])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_padding_changes_no_gradient(seek, checkpointing):
+    def gradients(inputs):
+        torch.manual_seed(0)
+        model = tiny_model("llama", torch.float64).requires_grad_(False)
+        for layer in model.base_model.layers:
+            layer.self_attn.requires_grad_(True)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        with attach(model, seek=seek, lemo=lemo(mlp="neurons", neurons=0.3)):
+            model(**inputs).loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    inputs = make_inputs("whole")
+    padded = {name: nn.functional.pad(value, (0, 14), value=7) for name, value in inputs.items()}
+    padded["labels"][:, -14:] = -100
+    padded["attention_mask"] = nn.functional.pad(torch.ones_like(inputs["input_ids"]), (0, 14))
+    for alone, beside in zip(gradients(inputs), gradients(padded), strict=True):
+        torch.testing.assert_close(alone, beside, rtol=1e-9, atol=1e-12)
 
 
 def test_saves_the_kept_columns_alone():

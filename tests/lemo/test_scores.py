@@ -126,18 +126,27 @@ def test_scores_follow_the_length_of_queries():
     assert (before >= 0).all()
 
 
+@pytest.mark.parametrize("documents", [[36], [12, 4, 20], [1, 2, 3, 9, 1, 13, 7]])
 @pytest.mark.parametrize("queries", QUERIES)
-def test_sums_of_products_are_products_with_sums(queries):
-    """Identity 11: against the blocks x blocks product."""
+def test_sums_of_products_are_products_with_sums(queries, documents):
+    """Identity 11: against the blocks x blocks product; blocks see each other that share a document."""
     generator = torch.Generator().manual_seed(0)
+    # nine blocks of four tokens, and two padded sequences
+    numbers = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(documents)).expand(3, -1).clone()
+    numbers[1, 30:], numbers[2, :5] = -1, -1
+    targets = torch.where(torch.rand(3, 36, generator=generator) < 0.1, 7, IGNORE)
+    blocks = Blocks(numbers, targets, [36, 30, 31], lemo(block=4))
     query = torch.randn(3, 6, 9, 5, generator=generator, dtype=torch.float64)
     key = torch.randn(3, 2, 9, 5, generator=generator, dtype=torch.float64)
-    asking = torch.rand(3, 9, generator=generator) < 0.6
     products = query @ key.repeat_interleave(3, 1).mT
-    index = torch.arange(9)
-    pairs = torch.tensor([[counted(m, n, queries) for n in index] for m in index]) & asking[:, :, None]
-    expected = products.masked_fill(~pairs[:, None], 0.0).sum((1, 2))
-    torch.testing.assert_close(looks(query, key, asking, queries), expected.float(), rtol=1e-5, atol=1e-5)
+    found = looks(query, key, blocks, queries)
+    for row in range(3):
+        inside = [{numbers[row, i].item() for i in block} for block in tokens_of(blocks)[row]]
+        asking = blocks.asking(queries)[row]
+        for n, own in enumerate(inside):
+            asked = [m for m, other in enumerate(inside) if asking[m] and own & other and counted(m, n, queries)]
+            expected = products[row, :, asked, n].sum().float()
+            torch.testing.assert_close(found[row, n], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -178,7 +187,7 @@ def test_pooled_scores_are_looks_of_mean_queries_at_mean_keys(queries, rope):
                 for given in (values.expand(2, -1, -1) for values in call._kwargs["position_embeddings"])
             ]
         query, key = attention_states(layer, means, rotations)
-        expected = looks(query, key, blocks.asking(queries), queries)
+        expected = looks(query, key, blocks, queries)
         torch.testing.assert_close(scores[blocks.exists], expected[blocks.exists], rtol=1e-4, atol=1e-4)
 
 
