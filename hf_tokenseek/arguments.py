@@ -72,7 +72,8 @@ class MethodArguments:
     def __post_init__(self):
         self.seek, self.velora = SeekConfig.parse(self.seek), VeloraConfig.parse(self.velora)
         self.ist, self.lemo = IstConfig.parse(self.ist), LemoConfig.parse(self.lemo)
-        check_tiles(self.mlp_tiles, self.lean, self.velora is not None)
+        neurons = self.lemo is not None and self.lemo.mlp == "neurons"
+        check_tiles(self.mlp_tiles, self.lean, self.velora is not None, neurons)
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:

@@ -282,7 +282,7 @@ def attach(
         "lemo": (LemoHandle, LemoConfig.parse(lemo)),
     }
     wanted = {name: (kind, config) for name, (kind, config) in methods.items() if config}
-    check_tiles(mlp_tiles, bool(lean), bool(velora))
+    check_tiles(mlp_tiles, bool(lean), bool(velora), getattr(methods["lemo"][1], "mlp", None) == "neurons")
     if not wanted:
         raise ValueError(
             "attach() got no method to attach. Pass seek=True, velora=True, ist=True, lemo=True or lean=True."

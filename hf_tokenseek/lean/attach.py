@@ -113,12 +113,13 @@ class LeanHandle:
     report = swapped
 
 
-def check_tiles(mlp_tiles: int, lean: bool = True, velora: bool = False) -> int:
+def check_tiles(mlp_tiles: int, lean: bool = True, velora: bool = False, neurons: bool = False) -> int:
     """
     The same number, if it is one and the methods beside it know tiles.
 
     Raises:
-        ValueError: it is no whole number of at least 1, or more than 1 without lean layers or with VeLoRA.
+        ValueError: it is no whole number of at least 1, or more than 1 without lean layers, with VeLoRA or with LeMo's
+            `mlp="neurons"`.
     """
     if isinstance(mlp_tiles, bool) or not isinstance(mlp_tiles, int) or mlp_tiles < 1:
         raise ValueError(f"`mlp_tiles` should be a whole number of at least 1, got {mlp_tiles!r}.")
@@ -126,6 +127,11 @@ def check_tiles(mlp_tiles: int, lean: bool = True, velora: bool = False) -> int:
         raise ValueError(f"mlp_tiles={mlp_tiles} tiles lean MLPs. Set lean=True with it, or leave it at 1.")
     if mlp_tiles > 1 and velora:
         raise ValueError(f"VeLoRA knows no tiles, got mlp_tiles={mlp_tiles}: each keeps its input. Leave it at 1.")
+    if mlp_tiles > 1 and neurons:
+        raise ValueError(
+            f"LeMo's mlp='neurons' has an MLP of its own that knows no tiles, got mlp_tiles={mlp_tiles}. Leave it at "
+            "1, or use mlp='tokens'."
+        )
     return mlp_tiles
 
 

@@ -110,6 +110,9 @@ class LemoHandle:
         """Begins the choices of one forward pass over a micro-batch."""
         config, every = self.config, self.config.probe_steps
         probing = bool(every) and self.micro_step == 0 and self.step % every == 0
+        if self._predictor is not None:
+            # some trainers move the model after their callbacks have attached to it
+            self._predictor.to(layout.segments.device)
         scorer = Scorer(config, (self.step, self.micro_step), self._predictor)
         blocks = Blocks(layout.segments, layout.targets, layout.real, config)
         self.elimination = Elimination(blocks, config, self.shares, scorer, layout.simple, self.telemetry, probing)
@@ -129,7 +132,7 @@ class LemoHandle:
         return torch.stack(counts).sum(1).tolist()
 
     def swapped(self) -> str:
-        """A table of what runs on how many tokens; bytes saved by a layer follow its share."""
+        """A table of what runs on how many tokens."""
         config, layers = self.config, len(self.shares)
         how = f"thresholds within {config.bounds}" if config.thresholds is not None else f"keep={config.keep}"
         lines = [
@@ -145,7 +148,7 @@ class LemoHandle:
                 first = layer
         saved = "computed without gradient" if config.mode == "detach" else "handed on"
         mean = sum(self.shares) / layers
-        lines.append(f"  dropped tokens are {saved}; activations of layers: {mean:.3f} of the plain model's bytes")
+        lines.append(f"  dropped tokens are {saved}; a layer runs on {mean:.3f} of the tokens on average")
         return "\n".join(lines)
 
     def report(self) -> str:
@@ -175,14 +178,25 @@ class LemoHandle:
                 "LeMo with loss='kept' needs `labels` in the model's inputs while training. Label smoothing and "
                 "compute_loss_func take them away: leave those out, or set loss='all' or mode='detach'."
             )
+        if named.get("past_key_values") is not None or (self._always and named.get("use_cache")):
+            raise ValueError(
+                "LeMo's layers keep other tokens each, and got a cache of all (past_key_values, or use_cache=True). "
+                "Train without one, and call generate() of the sparse model with use_cache=False."
+            )
         layout = Layout.read(named)
+        labelled = layout.targets != IGNORE
         elimination = self.begin(layout)
         # a cache would keep keys and values of all layers, and hand them to layers that keep other rows
         named |= {"use_cache": False, "lemo": elimination}
         try:
-            if self._is_with_seek() or labels is None or not self.leaves_out_labels:
+            if labels is None or (self.model.training and self._is_with_seek()):
                 return original(**named)
-            return self._with_kept_labels(original, named, elimination, layout.targets != IGNORE)
+            if self.leaves_out_labels:
+                output = self._with_kept_labels(original, named, elimination, labelled)
+            else:
+                output = original(**named)
+            # the mean over no labels at all is no number, and what it hands back is zeros
+            return _changed(output, named, lambda loss: loss.masked_fill(~labelled.any(), 0.0))
         finally:
             elimination.forget()
 
@@ -203,8 +217,17 @@ class LemoHandle:
             output = original(**named)
         finally:
             hook.remove()
-        # what is a sum, or divided by the count of all labels; trl adds up what its fused head gives
-        name = "log_probs" if named.get("fused_lm_head") else "loss"
-        if name == "log_probs" or named.get("num_items_in_batch") is not None:
-            output[name] = output[name] / share[-1].clamp(min=torch.finfo(torch.float32).tiny)
-        return output
+        if not (named.get("fused_lm_head") or named.get("num_items_in_batch") is not None):
+            return output
+        # what is a sum, or divided by the count of all labels
+        counted = share[-1].clamp(min=torch.finfo(torch.float32).tiny)
+        return _changed(output, named, lambda loss: loss / counted)
+
+
+def _changed(output, named: dict, change: Callable[[Tensor], Tensor]):
+    """The model's output with another loss; trl adds up what its fused head gives, which has another name."""
+    if isinstance(output, tuple):
+        return change(output[0]), *output[1:]
+    name = "log_probs" if named.get("fused_lm_head") else "loss"
+    output[name] = change(output[name])
+    return output

@@ -32,10 +32,12 @@ def calibrate(model: nn.Module, batches: Iterable[dict], config: LemoConfig, pro
         [`LemoConfig`]: the same with one share a layer in `keep`.
 
     Raises:
-        ValueError: `keep` is a list already, or there are no batches.
+        ValueError: `keep` is a list already or 1, or there are no batches.
     """
     if not isinstance(config.keep, float | int):
         raise ValueError(f"calibrate() spreads one share over the layers, got keep={config.keep!r}.")
+    if config.keep == 1:
+        raise ValueError("calibrate() got keep=1, with which no layer drops anything. Set a share below 1.")
     with recording(model):
         curves = [
             torch.stack([lost_shares(scores, blocks.exists) for scores in layers])

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ from .config import LemoConfig
 from .scores import askers, looks
 
 WEIGHTS, SHAPES = "lemo_predictor.safetensors", "lemo_predictor.json"
+# what of a configuration makes another score of the same hidden states
+TARGETS = ("block", "queries", "rope")
 
 
 def copy_predictor(source: str | Path, target: str | Path) -> None:
@@ -46,6 +48,22 @@ class PredictorShape:
     block: int
     queries: str
     rope: bool
+
+    @classmethod
+    def read(cls, file: Path) -> "PredictorShape":
+        """
+        Reads what [`Predictor.save`] has written.
+
+        Raises:
+            ValueError: something else stands there.
+        """
+        stored, names = json.loads(file.read_text()), {own.name for own in fields(cls)}
+        if not isinstance(stored, dict) or stored.keys() != names:
+            raise ValueError(
+                f"{file} should have {sorted(names)}, got {sorted(stored)}. Train the predictor anew with "
+                "recipes/train_predictor.py."
+            )
+        return cls(**stored)
 
 
 class Tower(nn.Sequential):
@@ -134,17 +152,18 @@ class Predictor(nn.Module):
                 f"{folder} has no {WEIGHTS} and {SHAPES}. Train a predictor with recipes/train_predictor.py, or use "
                 "score='pooled', which needs none."
             )
-        shape = PredictorShape(**json.loads((folder / SHAPES).read_text()))
+        shape = PredictorShape.read(folder / SHAPES)
         layers, width = len(find_layers(model)[1]), model.config.get_text_config().hidden_size
         if (shape.layers, shape.width) != (layers, width):
             raise ValueError(
                 f"The predictor in {folder} is of a model with {shape.layers} layers of width {shape.width}, this one "
                 f"has {layers} of {width}. Train one for this model."
             )
-        if (shape.block, shape.queries) != (config.block, config.queries):
+        own, asked = ({name: getattr(side, name) for name in TARGETS} for side in (shape, config))
+        if own != asked:
             raise ValueError(
-                f"The predictor in {folder} is for block={shape.block}, queries={shape.queries!r}; LeMo is asked for "
-                f"block={config.block}, queries={config.queries!r}. Set the same, or train one for these."
+                f"The predictor in {folder} is for {own}; LeMo is asked for {asked}. Set the same, or train one for "
+                "these."
             )
         predictor = cls(shape)
         predictor.load_state_dict(load_file(folder / WEIGHTS))

@@ -1,6 +1,6 @@
 """What LeMo kept, in figures for the log and in words."""
 
-from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,13 +12,14 @@ class Telemetry:
     """Collects figures between two logs; numbers stay on their device until they are read."""
 
     def __init__(self):
-        self._found: dict[str, list[Tensor]] = defaultdict(list)
+        # sum and count of each figure: a loop that never reads keeps no more
+        self._found: dict[str, tuple[Tensor, int]] = {}
 
     def kept(self, layer: int, kept: Kept, blocks: Blocks) -> None:
         """A layer has chosen."""
-        self._found["lemo/kept_share"].append(kept.share)
-        if blocks.config.thresholds is not None:
-            self._found[f"lemo/kept_share/layer_{layer}"].append(kept.share)
+        self._add("lemo/kept_share", kept.share)
+        if blocks.config.thresholds is not None or isinstance(blocks.config.keep, Sequence):
+            self._add(f"lemo/kept_share/layer_{layer}", kept.share)
 
     def probe(self, kept: Kept, blocks: Blocks, scores: Tensor) -> None:
         """
@@ -33,8 +34,8 @@ class Telemetry:
         mine = chosen(kept, blocks.count)
         order = scores.masked_fill(~blocks.exists, -1.0).argsort(dim=1, descending=True, stable=True).argsort(1)
         best = order < mine.sum(1, keepdim=True)
-        self._found["lemo/retained_score"].append((scores * mine).sum() / scores.sum().clamp(min=1e-12))
-        self._found["lemo/recall"].append((best & mine).sum() / best.sum().clamp(min=1))
+        self._add("lemo/retained_score", (scores * mine).sum() / scores.sum().clamp(min=1e-12))
+        self._add("lemo/recall", (best & mine).sum() / best.sum().clamp(min=1))
 
     def read(self, reset: bool = True) -> dict[str, float]:
         """
@@ -42,14 +43,18 @@ class Telemetry:
 
         Returns:
             `dict[str, float]`: `lemo/kept_share`, the share of real tokens that a layer which drops tokens has kept,
-            with thresholds also layer by layer; after probes `lemo/retained_score`, the share of the paper's score
-            that the kept blocks have, and `lemo/recall`, which share of the blocks it would have kept they are
-            (choosing blindly gives the kept share).
+            also layer by layer where layers differ (a list in `keep`, thresholds); after probes
+            `lemo/retained_score`, the share of the paper's score that the kept blocks have, and `lemo/recall`, which
+            share of the blocks it would have kept they are (choosing blindly gives the kept share).
         """
-        found = {name: torch.stack(values).mean().item() for name, values in self._found.items()}
+        found = {name: total.item() / count for name, (total, count) in self._found.items()}
         if reset:
             self._found.clear()
         return found
+
+    def _add(self, name: str, value: Tensor) -> None:
+        total, count = self._found.get(name, (0.0, 0))
+        self._found[name] = total + value.double(), count + 1
 
 
 def chosen(kept: Kept, count: int) -> Tensor:

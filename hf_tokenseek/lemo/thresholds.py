@@ -1,5 +1,6 @@
 """The paper's Algorithm 1: a threshold for each layer, by finite differences of the loss on held-out text."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -7,13 +8,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..files import written_whole
 from ..patching import evaluating, find_causal_lm, find_layers
 from .attach import LemoHandle
 from .config import LemoConfig
+
+# numbers of each weight that tell one model from another: training changes them all
+PEEKED = 64
 
 
 def search_thresholds(
@@ -37,7 +41,8 @@ def search_thresholds(
         model (`nn.Module`): a supported causal language model.
         held_out (`Sequence[dict]`): micro-batches with `labels` that the model is not trained with.
         config ([`LemoConfig`]): with `bounds`; its `thresholds` are found.
-        record (`str` or `Path`): file that gets every evaluation; a search that was interrupted goes on from it.
+        record (`str` or `Path`): file that gets every evaluation (layer, threshold, loss); a search that was
+            interrupted goes on from it, with the same weights and the same batches.
         step (`float`, *optional*, defaults to 0.1): distance of the two evaluations of a layer from its threshold.
         rate (`float`, *optional*, defaults to 1.0): how far a threshold moves for a slope of one.
         passes (`int`, *optional*, defaults to 1): how often each layer is visited.
@@ -47,24 +52,29 @@ def search_thresholds(
         [`LemoConfig`]: the same with `thresholds`.
 
     Raises:
-        ValueError: there is nothing to measure with, or `record` is of another search.
+        ValueError: there is nothing to measure with, thresholds do not move the loss, or `record` is of another
+            search.
     """
     if step <= 0:
         raise ValueError(f"`step` should be above 0, got {step}.")
+    if config.mode == "detach":
+        raise ValueError("The loss of mode='detach' is exact whatever the thresholds are. Search with mode='elide'.")
     if not held_out:
         raise ValueError("search_thresholds() got no held-out micro-batches to measure the loss with.")
     layers = len(find_layers(find_causal_lm(model))[1])
     config = replace(config, thresholds=[1.0] * layers)
     visits = [layer for layer, share in enumerate(config.shares(layers)) if share < 1] * passes
-    search = {"config": asdict(config), "step": step, "rate": rate, "passes": passes, "batches": len(held_out)}
-    losses = _Losses(Path(record), search)
+    digests = {"batches": _digest(held_out), "model": _digest([dict(model.named_parameters())], PEEKED)}
+    search = {"config": asdict(config), "step": step, "rate": rate, "passes": passes, **digests}
+    evaluations = _Evaluations(Path(record), search)
     thresholds = config.thresholds
     for number, layer in enumerate(tqdm(visits, "thresholds", disable=not progress)):
         above, below = thresholds[layer] + step, max(0.0, thresholds[layer] - step)
         found = []
         for place, moved in enumerate((above, below)):
             tried = [*thresholds[:layer], moved, *thresholds[layer + 1 :]]
-            found.append(losses.get(2 * number + place, partial(_loss, model, held_out, config, tried)))
+            measure = partial(_loss, model, held_out, config, tried)
+            found.append(evaluations.loss(2 * number + place, layer, moved, measure))
         thresholds[layer] = max(0.0, thresholds[layer] - rate * (found[0] - found[1]) / (above - below))
     return replace(config, thresholds=thresholds)
 
@@ -79,7 +89,18 @@ def _loss(model: nn.Module, held_out: Sequence[dict], config: LemoConfig, thresh
         handle.undo()
 
 
-class _Losses:
+def _digest(mappings: Sequence[dict], most: int | None = None) -> str:
+    """Of all tensors in the mappings, or of so many numbers at the begin of each."""
+    found = hashlib.sha256()
+    for mapping in mappings:
+        for name, tensor in mapping.items():
+            if isinstance(tensor, Tensor):
+                numbers = tensor.detach().flatten()[:most].cpu().contiguous().view(torch.uint8)
+                found.update(f"{name} {tuple(tensor.shape)}".encode() + numbers.numpy().tobytes())
+    return found.hexdigest()
+
+
+class _Evaluations:
     """Evaluations in their order, on disk after each of them."""
 
     def __init__(self, file: Path, search: dict):
@@ -89,11 +110,12 @@ class _Losses:
             stored = json.loads(file.read_text())
             if stored["search"] != self.search:
                 raise ValueError(f"{file} is of another search: {stored['search']}. Name another file for `record`.")
-            self.known = stored["losses"]
+            self.known = stored["evaluations"]
 
-    def get(self, number: int, measure: Callable[[], float]) -> float:
+    def loss(self, number: int, layer: int, threshold: float, measure: Callable[[], float]) -> float:
         if number == len(self.known):
-            self.known.append(measure())
+            self.known.append({"layer": layer, "threshold": threshold, "loss": measure()})
             with written_whole(self.file) as scratch:
-                scratch.write_text(json.dumps({"search": self.search, "losses": self.known}, indent=1) + "\n")
-        return self.known[number]
+                stored = {"search": self.search, "evaluations": self.known}
+                scratch.write_text(json.dumps(stored, indent=1) + "\n")
+        return self.known[number]["loss"]

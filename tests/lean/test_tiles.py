@@ -144,6 +144,10 @@ def test_the_argument_is_checked_and_reaches_the_model(tiny_llama, tmp_path):
         TokenSeekArguments(output_dir=str(tmp_path), lean=True, velora="true", mlp_tiles=4)
     with pytest.raises(ValueError, match="VeLoRA knows no tiles"):
         attach(tiny_llama(), lean=True, velora=True, mlp_tiles=4)
+    with pytest.raises(ValueError, match="mlp='neurons' .*mlp_tiles=4"):
+        TokenSeekArguments(output_dir=str(tmp_path), lean=True, lemo={"mlp": "neurons"}, mlp_tiles=4)
+    with pytest.raises(ValueError, match="mlp='neurons' .*mlp_tiles=4"):
+        attach(tiny_llama(), lean=True, lemo={"mlp": "neurons"}, mlp_tiles=4)
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.mlp = nn.Identity()

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from hf_tokenseek import attach
 from tests.ist.tiny_ist import step
@@ -86,7 +87,7 @@ def test_layers_that_keep_different_tokens_share_no_cache():
         assert model(**inputs).past_key_values is None
         model.eval()
         with torch.no_grad(), handle.lemo.everywhere():
-            assert model(**inputs, use_cache=True).past_key_values is None
+            assert model(**inputs).past_key_values is None
 
 
 def test_sparse_evaluation():
@@ -163,3 +164,30 @@ def test_random_choices_follow_from_seed_step_and_micro_step():
     assert not torch.equal(found[0], found[2]) and not torch.equal(found[3], found[4])
     other = lemo_step(model, inputs, score="random", rescore=1, labelled=False, seed=1)[3]
     assert not torch.equal(other[1], found[0]) and len(other) == LAYERS
+
+
+def test_a_cache_is_refused():
+    """Every layer keeps other tokens; `generate()` of the sparse model goes without."""
+    model, inputs = llama(), batch("whole")
+    with attach(model, lemo=lemo()) as handle:
+        with pytest.raises(ValueError, match="got a cache of all .past_key_values"):
+            model(**inputs, past_key_values=DynamicCache())
+        model.eval()
+        with handle.lemo.everywhere():
+            with pytest.raises(ValueError, match="use_cache=False"):
+                model.generate(inputs["input_ids"], max_new_tokens=2, use_cache=True, pad_token_id=0)
+            sparse = model.generate(inputs["input_ids"], max_new_tokens=2, use_cache=False, pad_token_id=0)
+    assert sparse.shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_figures_of_layers_where_these_differ():
+    model = llama()
+    own = [0.25 + 0.125 * layer for layer in range(LAYERS)]
+    with attach(model, lemo=lemo(keep=own, sinks=0, recent=0, labelled=False)) as handle:
+        for _ in range(3):
+            step(model, batch("whole"))
+        figures = handle.lemo.telemetry.read()
+    shares = [figures[f"lemo/kept_share/layer_{layer}"] for layer in range(LAYERS)]
+    assert shares == sorted(shares) and len(set(shares)) == LAYERS
+    assert figures["lemo/kept_share"] == pytest.approx(sum(shares) / LAYERS)
+    assert handle.lemo.telemetry.read() == {}

@@ -114,5 +114,7 @@ def test_the_model_is_given_back(tiny_llama):
 def test_what_cannot_be_calibrated_is_refused(tiny_llama):
     with pytest.raises(ValueError, match=r"spreads one share over the layers, got keep=\[0.4, 0.4, 0.4\]"):
         calibrate(tiny_llama(), [], lemo(keep=[0.4] * 3))
+    with pytest.raises(ValueError, match="keep=1, with which no layer drops anything"):
+        calibrate(tiny_llama(), [], lemo(keep=1.0))
     with pytest.raises(ValueError, match="got no batches. Pass some"):
         calibrate(tiny_llama(), [], lemo(), progress=False)

@@ -101,3 +101,34 @@ def test_masks_of_another_shape_are_refused():
     model, inputs = llama(), batch()
     with attach(model, lemo=lemo()), pytest.raises(ValueError, match=r"2-D attention mask of shape \(2, 42\)"):
         model(**inputs, attention_mask=torch.ones(2, 1, 42, 42))
+
+
+@pytest.mark.parametrize("fields", [{}, {"loss": "all"}, {"mode": "detach"}], ids=str)
+def test_a_micro_batch_without_labels_is_a_zero_that_every_parameter_has_part_in(fields):
+    model, inputs = llama(), batch("right")
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    with attach(model, lemo=lemo(**fields)):
+        loss = model(**inputs).loss
+        loss.backward()
+    assert loss == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("items", [None, 57])
+def test_a_tuple_has_the_same_loss_first(items):
+    inputs = batch("right")
+    losses = []
+    for return_dict in (True, False):
+        model = llama()
+        with attach(model, lemo=lemo(**FEW)):
+            losses.append(model(**inputs, num_items_in_batch=items, return_dict=return_dict)[0])
+    assert torch.equal(*losses)
+
+
+def test_sparse_evaluation_has_the_same_loss_beside_tokenseek():
+    losses = []
+    for seek in (None, {"context": 0.3}):
+        model, inputs = llama(), batch("right")
+        with attach(model, lemo=lemo(**FEW), seek=seek) as handle, handle.lemo.everywhere(), torch.no_grad():
+            losses.append(model.eval()(**inputs).loss)
+    assert torch.equal(*losses)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_tokenseek import attach
-from hf_tokenseek.lemo.blocks import Blocks
+from hf_tokenseek.lemo.blocks import Blocks, Layout
 from hf_tokenseek.lemo.predictor import Predictor, PredictorShape, Tower, copy_predictor
 from hf_tokenseek.lemo.predictor_training import Example, ZeroCounter, agreement, ranking_loss, recall, train_step
 from hf_tokenseek.lemo.recording import recording
@@ -21,8 +21,9 @@ def lemo(**fields):
     return tiny_lemo(**{"queries": "labelled", **fields})
 
 
-def shape(layers: int = LAYERS, width: int = WIDTH, hidden=(16, 24), queries: str = "labelled", block: int = BLOCK):
-    return PredictorShape(layers, width, [list(hidden)] * (2 * layers), 8, block, queries, False)
+def shape(layers: int = LAYERS, width: int = WIDTH, hidden=(16, 24), **targets):
+    targets = {"block": BLOCK, "queries": "labelled", "rope": False, **targets}
+    return PredictorShape(layers, width, [list(hidden)] * (2 * layers), 8, **targets)
 
 
 def fresh(seed: int = 0, **fields) -> Predictor:
@@ -231,8 +232,9 @@ def test_saving_and_loading(tiny_llama, tmp_path):
         ),
         ({"layers": 2}, {}, "with 2 layers of width 32, this one has 3 of 32. Train one for this model"),
         ({"width": 16}, {}, "with 3 layers of width 16, this one has 3 of 32"),
-        ({}, {"block": 8}, "is for block=4, queries='labelled'; LeMo is asked for block=8, queries='labelled'. Set"),
-        ({"queries": "all"}, {}, "is for block=4, queries='all'; LeMo is asked for block=4, queries='labelled'"),
+        ({}, {"block": 8}, "is for {'block': 4, .*LeMo is asked for {'block': 8, .*Set the same"),
+        ({"queries": "all"}, {}, "'queries': 'all', .*LeMo is asked for .*'queries': 'labelled'"),
+        ({"rope": True}, {}, "'rope': True.; LeMo is asked for .*'rope': False"),
     ],
 )
 def test_what_does_not_fit_is_refused(tiny_llama, tmp_path, fields, config, said):
@@ -243,6 +245,23 @@ def test_what_does_not_fit_is_refused(tiny_llama, tmp_path, fields, config, said
         attach(model, lemo=lemo(score="predictor", predictor=str(tmp_path), **config))
     # and nothing is left behind
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("written", ["[]", '{"layers": 3}'])
+def test_shapes_of_something_else_are_refused(tiny_llama, tmp_path, written):
+    fresh().save(tmp_path)
+    (tmp_path / "lemo_predictor.json").write_text(written)
+    with pytest.raises(ValueError, match="lemo_predictor.json should have .*'block', .*Train the predictor anew"):
+        attach(tiny_llama(), lemo=lemo(score="predictor", predictor=str(tmp_path)))
+
+
+def test_it_goes_where_the_model_goes(tiny_llama, tmp_path):
+    """Some trainers move the model when callbacks have attached already."""
+    fresh().save(tmp_path)
+    model = tiny_llama()
+    with attach(model, lemo=lemo(score="predictor", predictor=str(tmp_path))) as handle:
+        handle.lemo.begin(Layout(*(torch.zeros(1, 8, dtype=torch.long, device="meta") for _ in "ab"), [8], True))
+        assert {p.device.type for p in handle.lemo._predictor.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("thresholds", [None, [1.0] * LAYERS])

@@ -26,6 +26,11 @@ def config(**fields):
     return lemo(score="oracle", rescore=1, bounds=[0.1, 0.9], labelled=False, **fields)
 
 
+def evaluations(record) -> list[dict]:
+    """What a search has measured so far."""
+    return json.loads(record.read_text())["evaluations"]
+
+
 class StubbedLoss:
     """A loss of the thresholds whose slope is known: the sum of `slopes * thresholds`."""
 
@@ -71,7 +76,8 @@ def test_thresholds_stay_at_least_zero_and_slopes_are_true_there(tiny_llama, hel
     options |= {"rate": 1.6, "passes": 2}
     found = search_thresholds(tiny_llama(), held_out, config(), tmp_path / "other.json", **options)
     # 1 - 0.8 = 0.2, where the evaluations are 0.7 and 0: a slope of 0.5 still
-    assert json.loads((tmp_path / "other.json").read_text())["losses"][6:8] == pytest.approx([0.35, 0.0])
+    expected = [{"layer": 0, "threshold": 0.7, "loss": 0.35}, {"layer": 0, "threshold": 0.0, "loss": 0.0}]
+    assert evaluations(tmp_path / "other.json")[6:8] == [pytest.approx(own) for own in expected]
     assert found.thresholds == pytest.approx([0.0, 1.0, 1.0])
 
 
@@ -89,8 +95,7 @@ def test_a_search_is_reproducible_and_its_result_runs(tiny_llama, held_out, tmp_
         search_thresholds(model, held_out, config(), tmp_path / name / "record.json", **options) for name in "ab"
     )
     assert first == second and first.thresholds != [1.0] * LAYERS
-    losses = json.loads((tmp_path / "a" / "record.json").read_text())["losses"]
-    assert len(losses) == 2 * LAYERS
+    assert len(evaluations(tmp_path / "a" / "record.json")) == 2 * LAYERS
     # the model is given back, training as it was
     assert model.training and all("forward" not in vars(module) for module in model.modules())
     with attach(model, lemo=first) as handle:
@@ -102,7 +107,7 @@ def test_a_search_is_reproducible_and_its_result_runs(tiny_llama, held_out, tmp_
 def test_losses_are_those_of_all_labels_in_evaluation(tiny_llama, held_out, tmp_path):
     model = tiny_llama()
     search_thresholds(model, held_out, config(), tmp_path / "record.json", step=0.4, progress=False)
-    found = json.loads((tmp_path / "record.json").read_text())["losses"][0]
+    found = evaluations(tmp_path / "record.json")[0]["loss"]
     own = config(thresholds=[1.4, 1.0, 1.0], loss="all")
     model.eval()
     with attach(model, lemo=own) as handle, handle.lemo.everywhere(), torch.no_grad():
@@ -132,7 +137,7 @@ def test_an_interrupted_search_goes_on(tiny_llama, held_out, tmp_path, monkeypat
     monkeypatch.setattr(thresholds, "_loss", counted)
     with pytest.raises(Interrupted):
         search_thresholds(model, held_out, config(), tmp_path / "record.json", **options)
-    assert len(json.loads((tmp_path / "record.json").read_text())["losses"]) == 3
+    assert len(evaluations(tmp_path / "record.json")) == 3
     asked.clear()
     assert search_thresholds(model, held_out, config(), tmp_path / "record.json", **options) == whole
     assert len(asked) == 3
@@ -149,14 +154,32 @@ def test_a_tuple_is_the_list_that_it_is_on_disk(tiny_llama, held_out, stubbed, t
     assert len(loss.asked) == 2 * LAYERS
 
 
-@pytest.mark.parametrize("change", [{"step": 0.2}, {"rate": 3.0}, {"passes": 2}, {"config": config(block=8)}, "batch"])
+CHANGES = [
+    {"step": 0.2},
+    {"rate": 3.0},
+    {"passes": 2},
+    {"config": config(block=8)},
+    "fewer",
+    "other labels",
+    "trained",
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_the_record_of_another_search_is_refused(tiny_llama, held_out, stubbed, tmp_path, change):
     stubbed(0.1, 0.1, 0.1)
+    model = tiny_llama()
     options = {"held_out": held_out, "config": config(), "record": tmp_path / "record.json", "progress": False}
-    search_thresholds(tiny_llama(), **options)
-    change = {"held_out": held_out[:1]} if change == "batch" else change
+    search_thresholds(model, **options)
+    if change == "fewer":
+        change = {"held_out": held_out[:1]}
+    elif change == "labels":
+        change = {"held_out": [{**inputs, "labels": inputs["labels"].roll(1, 1)} for inputs in held_out]}
+    elif change == "trained":
+        change = {}
+        model.model.layers[1].mlp.up_proj.weight.data += 0.01
     with pytest.raises(ValueError, match="record.json is of another search: .*Name another file for `record`"):
-        search_thresholds(tiny_llama(), **{**options, **change})
+        search_thresholds(model, **{**options, **change})
 
 
 def test_what_cannot_be_searched_is_refused(tiny_llama, held_out, tmp_path):
@@ -164,3 +187,5 @@ def test_what_cannot_be_searched_is_refused(tiny_llama, held_out, tmp_path):
         search_thresholds(tiny_llama(), [], config(), tmp_path / "record.json")
     with pytest.raises(ValueError, match="`step` should be above 0, got 0"):
         search_thresholds(tiny_llama(), held_out, config(), tmp_path / "record.json", step=0)
+    with pytest.raises(ValueError, match="mode='detach' is exact"):
+        search_thresholds(tiny_llama(), held_out, config(mode="detach"), tmp_path / "record.json")
