@@ -173,7 +173,7 @@ def test_the_record_of_another_search_is_refused(tiny_llama, held_out, stubbed, 
     search_thresholds(model, **options)
     if change == "fewer":
         change = {"held_out": held_out[:1]}
-    elif change == "labels":
+    elif change == "other labels":
         change = {"held_out": [{**inputs, "labels": inputs["labels"].roll(1, 1)} for inputs in held_out]}
     elif change == "trained":
         change = {}
