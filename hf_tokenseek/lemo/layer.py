@@ -150,6 +150,7 @@ class SparseLayer:
             return call(hidden, None, KeptDitchState(call.seek, places))
         state = KeptState(places) if call.seek is None else KeptScoutState(call.seek, places)
         rest, kept = split_rows(hidden, places.rows)
+        # not in place: checkpoints, hooks and output_hidden_states hold what the layer was given
         return join_rows(rest, call(kept, places.rows, state, places.taken), places.rows)
 
     def _detach(self, call: LayerCall, hidden: Tensor, places: Places, lemo: Elimination) -> Tensor:
