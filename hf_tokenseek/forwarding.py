@@ -12,9 +12,22 @@ _TAKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token
 
 
 def named_inputs(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
-    """A call's arguments by name, also those that the signature takes as `**kwargs`."""
+    """
+    A call's arguments by name, also those that the signature takes by any name.
+
+    Raises:
+        ValueError: the signature does not say which argument is which.
+    """
     given = dict(signature.bind(*args, **kwargs).arguments)
-    return given | given.pop("kwargs", {})
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            raise ValueError(
+                f"The model's forward{signature} takes *{parameter.name}, which does not say what is what. Name the "
+                "arguments in the signature of your class, or do not override `forward`."
+            )
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(parameter.name, {})
+    return given
 
 
 def decoder_inputs(given: dict) -> dict:

@@ -1,8 +1,10 @@
 """What was swapped where, and how to take it back: [`attach`] and its handle."""
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -106,6 +108,9 @@ class PatchedForward:
     """
     Replaces the `forward` of one instance, by default while it trains with gradients; else the original runs.
 
+    Like a class's forward it is bound: a copy of the instance computes with its own weights, as before, and whoever
+    unwraps or pickles a model finds the forward of its class.
+
     Args:
         model (`nn.Module`): the instance.
         run (`Callable`): called with the original forward, its positional and its keyword arguments.
@@ -119,58 +124,80 @@ class PatchedForward:
         when: Callable[[], bool] | None = None,
     ):
         self.model, self.run, self.active = model, run, True
-        self.before = {name: value for name, value in vars(model).items() if name == "forward"}
-        self.original = original = self.before.get("forward") or forward_of_class(model)
-        when = when or (lambda: model.training and torch.is_grad_enabled())
-
-        @functools.wraps(original)
-        def forward(*args, **kwargs):
-            if self.active and when():
-                return run(original, args, kwargs)
-            return original(*args, **kwargs)
-
-        forward.patch = self
-        self.forward = model.forward = forward
+        self.when = when or (lambda: model.training and torch.is_grad_enabled())
+        self.before = vars(model).get("forward")
+        self.function = self._function()
+        self.forward = model.forward = MethodType(self.function, model)
 
     def undo(self) -> None:
-        """Gives the original back; below a wrapper that was put on later, the patch only stops doing anything."""
+        """Gives the original back; below a wrapper of somebody else's the patch only stops doing anything."""
         self.active = False
         if vars(self.model).get("forward") is self.forward:
             del self.model.forward
-            vars(self.model).update(self.before)
+            vars(self.model).update({} if self.before is None else {"forward": self.before})
+            return
+        for function in _wrappers(self.model.forward):
+            outer = getattr(function, "patch", None)
+            if outer is not None and outer.before is self.forward:
+                outer.before, function.__wrapped__ = self.before, self.function.__wrapped__
+
+    def _function(self) -> Callable:
+        original = self.model.forward
+
+        def forward(module: nn.Module, *args, **kwargs):
+            original = self._original(module)
+            if self.active and module is self.model and self.when():
+                return self.run(original, args, kwargs)
+            return original(*args, **kwargs)
+
+        functools.update_wrapper(forward, _function_of(original))
+        signature = inspect.signature(original)
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])
+        forward.patch = self
+        return forward
+
+    def _original(self, module: nn.Module) -> Callable:
+        if self.before is None:
+            # of whatever class it has now: FSDP2 gives a layer another one, and only that one's forward checkpoints
+            return functools.partial(type(module).forward, module)
+        bound = getattr(self.before, "__self__", None) is self.model
+        return MethodType(self.before.__func__, module) if bound else self.before
 
 
-def forward_of_class(module: nn.Module) -> Callable:
-    """
-    The forward of whatever class `module` has when it is called.
-
-    FSDP2 gives a layer another class after we have attached, and only the forward of that class checkpoints.
-    """
-
-    @functools.wraps(module.forward)
-    def forward(*args, **kwargs):
-        return type(module).forward(module, *args, **kwargs)
-
-    return forward
-
-
-def leads_to(forward: Callable | None, patched: Callable) -> bool:
+def leads_to(forward: Callable, patched: Callable) -> bool:
     """Whether `forward` is `patched`, or one of the wrappers around it that say what they wrap."""
-    while forward is not None and forward is not patched:
-        forward = getattr(forward, "__wrapped__", None)
-    return forward is patched
+    return any(function is _function_of(patched) for function in _wrappers(forward))
 
 
 def patched_by(module: nn.Module, kind: type) -> Any:
     """The object of this kind whose method runs in place of the module's forward; `None` where there is none."""
-    forward = module.forward
-    while forward is not None:
-        patch = getattr(forward, "patch", None)
-        owner = getattr(patch.run, "__self__", None) if patch is not None and patch.active else None
-        if isinstance(owner, kind):
-            return owner
-        forward = getattr(forward, "__wrapped__", None)
+    for function in _wrappers(module.forward):
+        patch = getattr(function, "patch", None)
+        if patch is not None and patch.active and patch.model is module:
+            owner = getattr(patch.run, "__self__", None)
+            if isinstance(owner, kind):
+                return owner
     return None
+
+
+def is_reached(patch: PatchedForward, past: type) -> bool:
+    """Whether a call of the model comes to `patch`; an object of the kind `past` calls nothing of what it wraps."""
+    owner = patched_by(patch.model, past)
+    inside = owner is not None and leads_to(owner.patch.forward, patch.forward)
+    return leads_to(patch.model.forward, patch.forward) and not inside
+
+
+def _function_of(forward: Callable) -> Callable:
+    return getattr(forward, "__func__", forward)
+
+
+def _wrappers(forward: Callable | None) -> Iterator[Callable]:
+    """A forward's function, and what it wraps, as far as that is said."""
+    while forward is not None:
+        forward = _function_of(forward)
+        yield forward
+        forward = getattr(forward, "__wrapped__", None)
 
 
 class Attachment:

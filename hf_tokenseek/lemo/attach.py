@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..forwarding import named_inputs
-from ..patching import PatchedForward, find_causal_lm, find_layers, leads_to, patched_by
+from ..patching import PatchedForward, find_causal_lm, find_layers, is_reached, patched_by
 from ..seek.attach import SeekHandle
 from ..seek.attention import leave_attention, use_attention
 from ..seek.batch import IGNORE
@@ -84,9 +84,7 @@ class LemoHandle:
 
     def resume(self) -> None:
         """Goes around whatever has replaced the model's forward since: trl's fused head, or TokenSeek."""
-        seek = patched_by(self.model, SeekHandle)
-        inside = seek is not None and leads_to(seek.patch.forward, self._patch.forward)
-        if inside or not leads_to(self.model.forward, self._patch.forward):
+        if not is_reached(self._patch, past=SeekHandle):
             self._patch.undo()
             self._patch_forward()
 

@@ -164,7 +164,9 @@ class SeekHandle:
         """A hook that stops a training forward which has found its way to the backbone without TokenSeek."""
 
         def guard(backbone: nn.Module, args: tuple, kwargs: dict) -> None:
-            known = self._running or "seek" in kwargs or not self.patch.active
+            # a copy of the model has the hook, too
+            own = backbone is self.decoder.backbone
+            known = self._running or "seek" in kwargs or not (own and self.patch.active)
             if not known and backbone.training and torch.is_grad_enabled():
                 raise ValueError(
                     f"{type(self.model).__name__} was about to train without TokenSeek: its forward was replaced "

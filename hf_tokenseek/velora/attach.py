@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..lean.adapters import is_lora
-from ..patching import PatchedForward, find_causal_lm
+from ..patching import PatchedForward, find_causal_lm, is_reached
 from ..seeds import mixed_seed
+from ..seek.attach import SeekHandle
 from .calibration import mean_inputs
 from .config import VeloraConfig
 from .inputs import Input, find_inputs
@@ -67,8 +68,8 @@ class VeloraHandle:
         self.step = step
 
     def resume(self) -> None:
-        """Goes around whatever has replaced the model's forward since: directions are drawn before anything runs."""
-        if self.model.forward is not self._patch.forward:
+        """Goes around whatever has replaced the model's forward since: trl's fused head, or TokenSeek."""
+        if not is_reached(self._patch, past=SeekHandle):
             self._patch.undo()
             self._patch = PatchedForward(self.model, self._train_forward)
 
