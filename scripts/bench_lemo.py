@@ -27,9 +27,7 @@ from bench_common import (
     Spread,
     add_common_options,
     cell,
-    environment,
     exit_status,
-    in_one_line,
     judge,
     load_smollm2,
     markdown_table,
@@ -253,7 +251,6 @@ def main(argv: Sequence[str] | None = None, load: Callable = load_smollm2) -> in
     args = parser.parse_args(argv)
     key: dict[str, Any] = {"repeats": args.repeats, "rows": args.rows}
     results = Results(args.output or EVIDENCE / "bench_lemo.json", key, args.fresh)
-    cell(results, "environment", environment)
     tokenizer = load()[1] if args.tokens else None
     for n in args.tokens:
         ids = real_text(tokenizer, 1, n).to(DEVICE) if f"step | {n}" not in results else None
@@ -268,7 +265,7 @@ def main(argv: Sequence[str] | None = None, load: Callable = load_smollm2) -> in
         cells = {n: results.cells[f"fake | {name} | {n}"] for n in args.fake}
         sections.append(f"## {name}, bf16, simulated with fake tensors\n\n{fake_table(cells)}")
     sections += [f"## Bars\n\n```\n{judge(found)}\n```"] if args.bars else []
-    results.publish("\n\n".join([*sections, in_one_line(results.cells["environment"])]))
+    results.publish("\n\n".join([*sections, results.origins()]))
     return exit_status(found, args.strict)
 
 
