@@ -190,6 +190,11 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.4f}{deviation}"
 
 
+def mean_and_range(values: Sequence[float]) -> str:
+    """Mean, and the lowest and highest value."""
+    return f"{statistics.mean(values):.3f} ({min(values):.3f}..{max(values):.3f})"
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table, names on the left, figures aligned on the right."""
     rules = ["---", *("---:" for _ in header[1:])]

@@ -28,6 +28,7 @@ from bench_common import (
     judge,
     load_smollm2,
     markdown_table,
+    mean_and_range,
 )
 from bench_tasks import long_prompts, source_text
 from torch import Tensor, nn
@@ -118,11 +119,6 @@ def table(results: Results) -> str:
         )
     head = ["selection", "k/n", "cosine, same batch", "norm ratio", "cosine, disjoint", "full batch's"]
     return markdown_table([*head, " ".join(names)], rows)
-
-
-def mean_and_range(values: Sequence[float]) -> str:
-    """Mean, and the lowest and highest value."""
-    return f"{statistics.mean(values):.3f} ({min(values):.3f}..{max(values):.3f})"
 
 
 def bars(results: Results) -> list[Bar]:

@@ -4,6 +4,10 @@ LeMo: what SmolLM2-135M with LoRA has learned after training with dropped tokens
     python scripts/bench_lemo_quality.py --task text       # perplexity on the standard library's source files
     python scripts/bench_lemo_quality.py --task needle     # a sentence in a long text, and a question about it
 
+What stands in docs/evidence was made by
+
+    python scripts/bench_lemo_quality.py --task text --steps 10 --eval-examples 3 --methods dense "keep 0.4" --bars
+
 Adapters are judged by the plain model and by the sparse one (whose loss is that of the tokens it computes), at several
 lengths. Interrupted, it goes on with the first cell that is not finished.
 """
