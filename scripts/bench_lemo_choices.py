@@ -75,8 +75,7 @@ def measure(
     """The sparse model's loss, the plain one's of the labels that count in it, and their share, by sequence."""
     found = []
     with attach(model, lemo={"keep": KEEP, **choice}) as handle, handle.lemo.everywhere():
-        for step, (batch, losses) in enumerate(zip(batches, plain, strict=True)):
-            handle.lemo.begin_step(step)
+        for batch, losses in zip(batches, plain, strict=True):
             sparse = model(**batch).loss.item()
             labelled = batch["labels"][:, 1:] != IGNORE
             counted = labelled

@@ -74,7 +74,7 @@ def test_goes_on_where_it_stopped(bench, call, tmp_path, monkeypatch):
         return measure(model, batches, plain, choice)
 
     monkeypatch.setattr(bench, "measure", noted)
-    # random choice is drawn from the sequence's number: the same again
+    # what is random follows from a sequence's number: the same again
     assert call() == cells and made == [{"score": "random"}]
     # nothing is missing: nothing is loaded
     assert call(load=pytest.fail) == cells
