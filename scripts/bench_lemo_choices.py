@@ -57,9 +57,7 @@ REASONS = ((LONG_PROMPT, RESCORE), (SOURCE_TEXT, ALL_QUERIES), (SOURCE_TEXT, ALL
 
 def losses_by_position(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of what each position predicts, `(batch, n - 1)`; 0 without a label."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none").view(
-        labels.shape[0], -1
-    )
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
 
 
 @torch.no_grad()
