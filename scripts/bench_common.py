@@ -69,11 +69,12 @@ class Bar(NamedTuple):
 
 class Results:
     """
-    Figures by cell, on disk after every cell. Figures of another environment or other settings are dropped.
+    Figures by cell, on disk after every cell. Figures of other settings are dropped; the environment of each cell is
+    written down, and where `key` holds it, figures of another one are dropped, too.
 
     Args:
         path (`Path`): JSON file to write.
-        key (`dict`): environment and settings; cells of a file with the same key are kept.
+        key (`dict`): settings, and the environment where figures of two must not stand in one table.
         fresh (`bool`, *optional*, defaults to `False`): start over in any case.
 
     Attributes:
@@ -82,10 +83,15 @@ class Results:
 
     def __init__(self, path: Path, key: dict[str, Any], fresh: bool = False):
         self.path, self.key, self.cells = path, key, {}
+        self._environments, self._made_in = [], {}
+        # read now: code may change while a benchmark runs
+        self._here = environment()
         if path.exists() and not fresh:
             stored = json.loads(path.read_text())
             if stored["key"] == key:
-                self.cells = stored["cells"]
+                self.cells, self._environments, self._made_in = (
+                    stored[part] for part in ("cells", "environments", "made_in")
+                )
             else:
                 print(f"{path} holds figures of another environment or other settings: starting over")
 
@@ -96,8 +102,25 @@ class Results:
         from hf_tokenseek.files import written_whole
 
         self.cells[name] = figures
+        if self._here not in self._environments:
+            self._environments.append(self._here)
+        self._made_in[name] = self._environments.index(self._here)
+        whole = {"key": self.key, "environments": self._environments, "made_in": self._made_in, "cells": self.cells}
         with written_whole(self.path) as scratch:
-            scratch.write_text(json.dumps({"key": self.key, "cells": self.cells}, indent=1) + "\n")
+            scratch.write_text(json.dumps(whole, indent=1) + "\n")
+
+    def made_here(self, name: str) -> bool:
+        """Whether a cell is of this machine and its packages; the code may have been another."""
+
+        def but_commit(found: dict[str, Any]) -> dict[str, Any]:
+            return {part: value for part, value in found.items() if part != "commit"}
+
+        return but_commit(self._environments[self._made_in[name]]) == but_commit(self._here)
+
+    def origins(self) -> str:
+        """A paragraph for each environment that figures come from."""
+        used = sorted({self._made_in[name] for name in self.cells})
+        return "\n\n".join(in_one_line(self._environments[index]) for index in used)
 
     def publish(self, report: str) -> None:
         """Prints the report and writes it beside the figures."""
@@ -165,6 +188,11 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     """Mean ± standard deviation; the mean alone of one value."""
     deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.4f}{deviation}"
+
+
+def mean_and_range(values: Sequence[float]) -> str:
+    """Mean, and the lowest and highest value."""
+    return f"{statistics.mean(values):.3f} ({min(values):.3f}..{max(values):.3f})"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,30 +1,34 @@
 """
 How near TokenSeek's gradient is to the full gradient, by score and share: SmolLM2-135M, fp32.
 
-    python scripts/bench_fidelity.py                          # 512 tokens, long prompts and labels everywhere
-    python scripts/bench_fidelity.py --tokens 1024 --lora
+    python scripts/bench_fidelity.py --bars                   # 512 tokens, long prompts and labels everywhere
+    python scripts/bench_fidelity.py --tokens 1024 --lora --data long-prompt
 
 Two questions, for several batches: the cosine with the full gradient of the *same* batch (what selection loses), and
 with the gradient of *disjoint* sequences (what the batch is a sample of: the full gradient of a batch has a cosine
-below 1 with it, too). Both also by parameter group. Results go to docs/evidence/fidelity-*.json after every
-configuration; a second call goes on where the first stopped.
+below 1 with it, too); the first also by parameter group. Results go to docs/evidence/fidelity-*.json after every
+configuration; a second call goes on where the first stopped. It keeps what other versions of the code have measured;
+every environment is named below the table, and --fresh measures everything in this one.
 """
 
 import argparse
 import statistics
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from bench_common import (
     EVIDENCE,
     Bar,
     Results,
+    add_common_options,
     collator,
-    environment,
+    exit_status,
     in_one_line,
     judge,
     load_smollm2,
     markdown_table,
+    mean_and_range,
 )
 from bench_tasks import long_prompts, source_text
 from torch import Tensor, nn
@@ -97,53 +101,81 @@ def measure(
 
 
 def table(results: Results) -> str:
-    """Markdown table: mean and spread over batches."""
-    rows = []
+    """Markdown table: mean and range over batches."""
+    rows, names = [], []
     for name, figures in results.cells.items():
-        if not isinstance(figures, list):
-            continue
-        same = [f["same batch"]["all"] for f in figures]
-        groups = [f"{statistics.mean(f['same batch'][g] for f in figures):.2f}" for g in figures[0]["same batch"]][1:]
+        names = list(figures[0]["same batch"])[1:]
+        own = {group: [f["same batch"][group] for f in figures] for group in ("all", *names)}
         rows.append(
             [
                 name,
                 f"{figures[0]['rows']:.2f}",
-                f"{statistics.mean(same):.3f} ({min(same):.3f}..{max(same):.3f})",
+                mean_and_range(own.pop("all")),
                 f"{statistics.mean(f['norm ratio'] for f in figures):.2f}",
-                f"{statistics.mean(f['disjoint'] for f in figures):.3f}",
-                f"{statistics.mean(f['disjoint, full batch'] for f in figures):.3f}",
-                " ".join(groups),
+                mean_and_range([f["disjoint"] for f in figures]),
+                mean_and_range([f["disjoint, full batch"] for f in figures]),
+                " ".join(f"{statistics.mean(values):.2f}" for values in own.values()),
             ]
         )
-    groups = next((list(f[0]["same batch"])[1:] for f in results.cells.values() if isinstance(f, list)), [])
-    head = [
-        "selection",
-        "k/n",
-        "cosine, same batch",
-        "norm ratio",
-        "cosine, disjoint",
-        "full batch's",
-        " ".join(groups),
-    ]
-    return markdown_table(head, rows)
+    head = ["selection", "k/n", "cosine, same batch", "norm ratio", "cosine, disjoint", "full batch's"]
+    return markdown_table([*head, " ".join(names)], rows)
 
 
 def bars(results: Results) -> list[Bar]:
     """The promises about the default selection on long prompts, as losses of cosine."""
     default = CONTEXT_OF_ADAPTERS if results.key["lora"] else CONTEXT
     figures = results.cells.get(f"evidence context={default}")
-    if not figures:
+    if results.key["data"] != "long-prompt" or not figures:
         return []
     same = statistics.mean(f["same batch"]["all"] for f in figures)
-    own, full = (statistics.mean(f[k] for f in figures) for k in ("disjoint", "disjoint, full batch"))
+    own, full = ([f[k] for f in figures] for k in ("disjoint", "disjoint, full batch"))
+    by_batch = [1 - a / b for a, b in zip(own, full, strict=True)]
+    where = f"by batch {min(by_batch):.3f}..{max(by_batch):.3f}"
+    loss = 1 - statistics.mean(own) / statistics.mean(full)
     return [
         Bar("1 - cosine with the same batch, default on long prompts", 1 - same, 0.10),
-        Bar("relative loss of the full batch's cosine with disjoint data", 1 - own / full, 0.03),
+        Bar(f"relative loss of the full batch's cosine with disjoint data ({where})", loss, 0.03),
     ]
 
 
-def main() -> None:
-    """Measures what is missing, prints and writes the table."""
+def trainable(load: Callable, lora: bool) -> tuple[nn.Module, object]:
+    """The model in training mode, with adapters that have learned something, and its tokenizer."""
+    model, tokenizer = load()
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
+        # B starts at zero and would leave A without a gradient
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.01)
+    return model.train(), tokenizer
+
+
+def fill(results: Results, args: argparse.Namespace, load: Callable) -> None:
+    """Measures what is missing: full gradients and the disjoint one, then every configuration."""
+    load_data, configurations = DATA[results.key["data"]]
+    names = {f"{score} {name}={share}": (score, {name: share}) for score, name, share in configurations}
+    missing = [name for name in names if name not in results]
+    if not missing:
+        return
+    model, tokenizer = trainable(load, args.lora)
+    sequences, needed = load_data(tokenizer, "train", args.tokens), args.batch * args.batches + args.disjoint
+    if len(sequences) < needed:
+        raise SystemExit(
+            f"{results.key['data']} has {len(sequences)} sequences of {args.tokens} tokens, {needed} are needed. "
+            "Lower --tokens, --batch, --batches or --disjoint."
+        )
+    collate = collator(tokenizer.pad_token_id)
+    batches = [collate(sequences[start : start + args.batch]) for start in range(0, needed, args.batch)]
+    own, others = batches[: args.batches], batches[args.batches :]
+    full = [gradient(model, batch) for batch in tqdm(own, desc="full gradients", leave=False)]
+    disjoint = mean_gradient(model, others)
+    for name in tqdm(missing, desc=results.path.stem):
+        results[name] = list(measure(model, own, full, disjoint, *names[name]))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA))
     parser.add_argument("--tokens", type=int, default=512)
@@ -151,53 +183,34 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--disjoint", type=int, default=64, help="disjoint sequences")
     parser.add_argument("--lora", action="store_true", help="adapters of rank 16 instead of all weights")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    for data in args.data:
-        model, tokenizer = load_smollm2()
-        if args.lora:
-            from peft import LoraConfig, get_peft_model
-
-            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
-            # B starts at zero and would leave A without a gradient
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    nn.init.normal_(parameter, std=0.01)
-        model.train()
-        fill(model, tokenizer, data, args)
+    add_common_options(parser)
+    args = parser.parse_args(argv)
+    if args.output and len(args.data) > 1:
+        parser.error(f"--output is one file, --data names {len(args.data)}: {', '.join(args.data)}. Give one of them.")
+    return args
 
 
-def fill(model: nn.Module, tokenizer, data: str, args: argparse.Namespace) -> None:
-    """One data set: full gradients, the disjoint gradient, then every configuration."""
-    load, configurations = DATA[data]
+def main(argv: Sequence[str] | None = None, load: Callable = load_smollm2) -> int:
+    """Measures what is missing, prints and writes a table for each data set; `load` gives the model and tokenizer."""
+    args, judged = parse(argv), []
     settings = {name: getattr(args, name) for name in ("tokens", "batch", "batches", "disjoint", "lora")}
-    suffix = f"{data}-{args.tokens}{'-lora' if args.lora else ''}"
-    results = Results(EVIDENCE / f"fidelity-{suffix}.json", {"data": data, **settings})
-    names = {f"{score} {name}={share}": (score, {name: share}) for score, name, share in configurations}
-    if any(name not in results for name in names):
-        collate = collator(tokenizer.pad_token_id)
-        sequences, needed = load(tokenizer, "train", args.tokens), args.batch * args.batches + args.disjoint
-        if len(sequences) < needed:
-            raise SystemExit(
-                f"{data} has {len(sequences)} sequences of {args.tokens} tokens, {needed} are needed. "
-                "Lower --tokens, --batch, --batches or --disjoint."
-            )
-        starts = range(0, needed, args.batch)
-        batches = [collate(sequences[start : start + args.batch]) for start in starts]
-        own, others = batches[: args.batches], batches[args.batches :]
-        full = [gradient(model, batch) for batch in tqdm(own, desc="full gradients", leave=False)]
-        disjoint = mean_gradient(model, others)
-        results["environment"] = environment()
-        for name, (score, shares) in tqdm(names.items(), desc=suffix):
-            if name not in results:
-                results[name] = list(measure(model, own, full, disjoint, score, shares))
-    verdict = f"\n\n{judge(bars(results))}" if data == "long-prompt" else ""
-    results.publish(
-        f"# Fidelity: {suffix}\n\nCosine of TokenSeek's gradient with the full one; mean (range) over {args.batches} "
-        f"batches of {args.batch}; disjoint: {args.disjoint} other sequences. {in_one_line(results.key)}.\n\n"
-        f"{table(results)}{verdict}\n\n{in_one_line(results.cells['environment'])}"
-    )
+    for data in args.data:
+        torch.manual_seed(0)
+        suffix = f"{data}-{args.tokens}{'-lora' if args.lora else ''}"
+        results = Results(args.output or EVIDENCE / f"fidelity-{suffix}.json", {"data": data, **settings}, args.fresh)
+        fill(results, args, load)
+        found = bars(results) if args.bars else []
+        sections = [
+            f"# Fidelity: {suffix}\n\nCosine of TokenSeek's gradient with the full one; mean (range) over "
+            f"{args.batches} batches of {args.batch}; disjoint: {args.disjoint} other sequences. "
+            f"{in_one_line(results.key)}.",
+            table(results),
+        ]
+        sections += [f"```\n{judge(found)}\n```"] if args.bars else []
+        results.publish("\n\n".join([*sections, results.origins()]))
+        judged += found
+    return exit_status(judged, args.strict)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

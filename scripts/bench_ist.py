@@ -26,7 +26,6 @@ from bench_common import (
     add_common_options,
     cell,
     collator,
-    environment,
     exit_status,
     in_one_line,
     judge,
@@ -36,8 +35,8 @@ from bench_common import (
     now,
     quotient,
 )
-from bench_quality import batches_of, held_out_loss, shuffled_batches, warmup_then_decay
 from bench_tasks import docstrings, long_prompts
+from bench_training import batches_of, held_out_loss, shuffled_batches, warmup_then_decay
 from bench_velora import RATES, Row, build, prepared
 from torch import nn
 from tqdm.auto import tqdm
@@ -247,7 +246,6 @@ def main(argv: Sequence[str] | None = None, load: Callable = load_smollm2) -> in
     whole = batches_of(
         long_prompts(tokenizer, "train", args.max_length)[: args.steps * args.batch], args.batch, collate
     )
-    cell(results, "environment", environment)
     cell(results, "seconds", lambda: step_seconds(load, whole[0], args.repeats))
     for name, row in tqdm(ROWS.items(), desc="bytes"):
         cell(results, f"bytes | {name}", partial(bytes_over_a_run, row, load, whole))
@@ -262,7 +260,7 @@ def main(argv: Sequence[str] | None = None, load: Callable = load_smollm2) -> in
     results.publish(
         f"# Sparse tuning of SmolLM2-135M\n\n{in_one_line(key)}; IST and random {SPARSE}, LISA {LISA}. Bytes: lowest "
         f"to highest step of a run.\n\n{table(results)}\n\n## Over the run\n\nSaved, gradients and optimizer state "
-        f"together.\n\n{curves(results)}\n\n```\n{judge(found)}\n```\n\n{in_one_line(results.cells['environment'])}"
+        f"together.\n\n{curves(results)}\n\n```\n{judge(found)}\n```\n\n{results.origins()}"
     )
     return exit_status(found, args.strict)
 

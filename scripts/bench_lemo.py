@@ -1,12 +1,18 @@
 """
 LeMo: what a training step of SmolLM2-135M with LoRA takes, and how long a sequence fits beside larger models.
 
-    python scripts/bench_lemo.py --bars                     # docs/evidence/bench_lemo.*
+    python scripts/bench_lemo.py --bars                     # everything, to docs/evidence/bench_lemo.*
     python scripts/bench_lemo.py --tokens 2048 --fake 8192  # less of it
 
+What stands in docs/evidence was made by
+
+    python scripts/bench_lemo.py --bars --tokens 2048 8192 --repeats 2 \\
+        --rows dense checkpointing "keep 0.4" "keep 0.4 + seek 0.1" "keep 0.4 + checkpointing"
+
 Times are wall clock of forward and backward, the rows take turns; run nothing beside that part. Larger models (bf16,
-LoRA) run under fake tensors, so that nothing is allocated. Every row computes its loss in chunks of labelled rows, so
-that rows differ by what layers do. Interrupted, it goes on with the first cell that is not finished.
+LoRA) run under fake tensors, so that nothing is allocated. Every row computes its loss in chunks of labelled rows.
+LeMo's differ from the others by what layers do and by what the head does: labels of dropped tokens do not count
+(`loss="kept"`), so that the head sees fewer rows. Interrupted, it goes on with the first cell that is not finished.
 """
 
 import argparse
@@ -27,22 +33,21 @@ from bench_common import (
     Spread,
     add_common_options,
     cell,
-    environment,
     exit_status,
-    in_one_line,
     judge,
     load_smollm2,
     markdown_table,
     now,
     quotient,
 )
+from bench_flops import counted_flops, head_flops, head_rows
 from bench_memory import LLAMA_1B
 from bench_memory import build as build_fake
 from bench_step import real_text
 from bench_velora import LORA, Row, build, prepared
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
 
 from hf_tokenseek.memory import LiveMemory, SavedActivations
 from hf_tokenseek.memory.fake import fake_model, fake_tensors
@@ -81,17 +86,12 @@ ROWS = {
     )
 }
 MEMORIES = (24, 80)
-# torch's counter knows the GPU's names of fused attention only
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-    ),
-}
 NOTES = """LoRA of rank 16 on all linear layers, one sequence, labels everywhere, the loss in chunks of labelled rows.
 Keep 0.4: blocks of 64 tokens, all layers but the first two. Saved: what autograd holds at the end of forward. Peak: of
 forward and backward above the weights. FLOPs: torch's counter, forward and backward (it counts attention as if it were
-not causal)."""
+not causal). With keep 0.4 labels of dropped tokens do not count: besides the layers, the head is computed for fewer
+rows, in FLOPs and in steps ("detach" has all). What the head takes of them stands below each table, by formula: three
+products of rows, hidden size and vocabulary (logits, logits again, gradient of the hidden states)."""
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def count(model: nn.Module, row: Row, ids: Tensor, fake: bool = False) -> dict[s
 
 def count_flops(model: nn.Module, row: Row, ids: Tensor) -> int:
     """FLOPs of one forward and backward; by itself, because the counter keeps alive what checkpoints compute again."""
-    with ready(model, row), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with ready(model, row), counted_flops() as counter:
         model(input_ids=ids, labels=ids).loss.backward()
     return counter.get_total_flops()
 
@@ -167,6 +167,12 @@ def measure(load: Callable, ids: Tensor, rows: Sequence[str], repeats: int) -> d
         for name in rows:
             found[name]["seconds"].append(step_seconds(model, ROWS[name], ids))
     return found
+
+
+def head_note(config: PreTrainedConfig, n: int) -> str:
+    """What the head takes of the FLOPs."""
+    dense, kept = (head_flops(config, head_rows(n, keep)) / 1e12 for keep in (1.0, KEEP["lemo"]["keep"]))
+    return f"Of it the head: {dense:.2f} TFLOP of all rows, {kept:.2f} of those that keep 0.4 keeps."
 
 
 def fake_lora(sizes: dict) -> nn.Module:
@@ -202,7 +208,7 @@ def longest(cells: dict[int, dict], name: str, memory: int) -> int:
 def table(found: dict[str, dict]) -> str:
     """The table of steps of one length."""
     dense, checkpointed = found[DENSE], found[CHECKPOINTING]
-    head = ("row", "saved [GiB]", "x dense", "TFLOP", "x dense", "step [s]", "x dense")
+    head = ("row", "saved [GiB]", "x dense", "peak [GiB]", "TFLOP", "x dense", "step [s]", "x dense")
     return markdown_table(
         (*head, "x checkpointing"),
         (
@@ -210,6 +216,7 @@ def table(found: dict[str, dict]) -> str:
                 name,
                 f"{row['saved_gib']:.3f}",
                 f"{row['saved_gib'] / dense['saved_gib']:.3f}",
+                "-" if (peak := row.get("peak_gib")) is None else f"{peak:.3f}",
                 f"{row['flops'] / 1e12:.2f}",
                 f"{row['flops'] / dense['flops']:.3f}",
                 f"{Spread.of(row['seconds']):.3g}",
@@ -253,8 +260,7 @@ def main(argv: Sequence[str] | None = None, load: Callable = load_smollm2) -> in
     args = parser.parse_args(argv)
     key: dict[str, Any] = {"repeats": args.repeats, "rows": args.rows}
     results = Results(args.output or EVIDENCE / "bench_lemo.json", key, args.fresh)
-    cell(results, "environment", environment)
-    tokenizer = load()[1] if args.tokens else None
+    model, tokenizer = load() if args.tokens else (None, None)
     for n in args.tokens:
         ids = real_text(tokenizer, 1, n).to(DEVICE) if f"step | {n}" not in results else None
         cell(results, f"step | {n}", partial(measure, load, ids, args.rows, args.repeats))
@@ -263,12 +269,14 @@ def main(argv: Sequence[str] | None = None, load: Callable = load_smollm2) -> in
         cell(results, f"fake | {name} | {n}", partial(measure_fake, MODELS[name], n))
     found = bars(results, args.tokens) if args.bars else []
     sections = [f"# LeMo: one training step\n\n{NOTES}", "## SmolLM2-135M, fp32, measured"]
-    sections += [f"### {n} tokens\n\n{table(results.cells[f'step | {n}'])}" for n in args.tokens]
+    sections += [
+        f"### {n} tokens\n\n{table(results.cells[f'step | {n}'])}\n\n{head_note(model.config, n)}" for n in args.tokens
+    ]
     for name in MODELS if len(args.fake) > 1 else ():
         cells = {n: results.cells[f"fake | {name} | {n}"] for n in args.fake}
         sections.append(f"## {name}, bf16, simulated with fake tensors\n\n{fake_table(cells)}")
     sections += [f"## Bars\n\n```\n{judge(found)}\n```"] if args.bars else []
-    results.publish("\n\n".join([*sections, in_one_line(results.cells["environment"])]))
+    results.publish("\n\n".join([*sections, results.origins()]))
     return exit_status(found, args.strict)
 
 

@@ -4,6 +4,10 @@ LeMo: what SmolLM2-135M with LoRA has learned after training with dropped tokens
     python scripts/bench_lemo_quality.py --task text       # perplexity on the standard library's source files
     python scripts/bench_lemo_quality.py --task needle     # a sentence in a long text, and a question about it
 
+What stands in docs/evidence was made by
+
+    python scripts/bench_lemo_quality.py --task text --steps 10 --eval-examples 3 --methods dense "keep 0.4" --bars
+
 Adapters are judged by the plain model and by the sparse one (whose loss is that of the tokens it computes), at several
 lengths. Interrupted, it goes on with the first cell that is not finished.
 """
@@ -22,7 +26,6 @@ from bench_common import (
     add_common_options,
     cell,
     collator,
-    environment,
     exit_status,
     in_one_line,
     judge,
@@ -30,8 +33,8 @@ from bench_common import (
     markdown_table,
     mean_and_deviation,
 )
-from bench_quality import shuffled_batches, warmup_then_decay
 from bench_tasks import Encoded, source_text
+from bench_training import shuffled_batches, warmup_then_decay
 from bench_velora import Row, build, prepared
 from torch import nn
 from tqdm.auto import tqdm
@@ -184,7 +187,6 @@ def main(argv: Sequence[str] | None = None, load: Callable = load_smollm2) -> in
         n: [collate([record]) for record in load_task(args.task, tokenizer, "test", n, args.eval_examples)]
         for n in args.lengths
     }
-    cell(results, "environment", environment)
     cell(results, "before", lambda: evaluate(build(METHODS[DENSE], load), held_out))
     for seed, method in tqdm([(s, m) for s in args.seeds for m in args.methods], desc="runs"):
         batches = shuffled_batches(training, 1, args.steps, seed, collate)
@@ -194,7 +196,7 @@ def main(argv: Sequence[str] | None = None, load: Callable = load_smollm2) -> in
     results.publish(
         f"# LeMo: quality, {args.task}\n\nHeld-out loss after training, mean ± standard deviation over seeds. "
         f"{in_one_line(key)}, learning rate {RATES[args.task]:g}; as published: {PUBLISHED}.\n\n"
-        f"{table(results, args.lengths)}\n\n```\n{judge(found)}\n```\n\n{in_one_line(results.cells['environment'])}"
+        f"{table(results, args.lengths)}\n\n```\n{judge(found)}\n```\n\n{results.origins()}"
     )
     return exit_status(found, args.strict)
 

@@ -28,11 +28,11 @@ from bench_common import (
     Results,
     Spread,
     cell,
-    environment,
     in_one_line,
     markdown_table,
     mean_and_deviation,
 )
+from bench_training import marked, tried_rates
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 
@@ -144,7 +144,6 @@ class Bench:
 def fill(results: Results, args: argparse.Namespace, options: Sequence[str]) -> None:
     """Runs what is missing: costs, learning rates, then seed by seed."""
     bench = Bench(options)
-    cell(results, "environment", environment)
     cell(results, "before", lambda: bench.loss("full", "test", seed=0, rate=0.0, steps=0))
     for row in tqdm(args.rows, desc="costs"):
         cell(results, f"costs | {row}", lambda row=row: bench.costs(row, args.timing_repeats))
@@ -169,9 +168,9 @@ def fill(results: Results, args: argparse.Namespace, options: Sequence[str]) -> 
 
 
 def chosen_rate(results: Results, row: str) -> float:
-    """The learning rate with the lowest validation loss; one that diverged has none."""
-    losses = {rate: results.cells[f"rate | {row} | {rate}"] for rate in ROWS[row].rates}
-    return min(losses, key=lambda rate: math.inf if math.isnan(losses[rate]) else losses[rate])
+    """The learning rate with the lowest validation loss."""
+    losses = tried_rates(results, row, ROWS[row].rates)
+    return min(losses, key=losses.get)
 
 
 def table(results: Results) -> str:
@@ -185,7 +184,7 @@ def table(results: Results) -> str:
         lines.append(
             [
                 row,
-                f"{rate:g}{'*' if rate in (ROWS[row].rates[0], ROWS[row].rates[-1]) else ''}",
+                marked(rate, ROWS[row].rates),
                 str(len(losses)),
                 mean_and_deviation(losses),
                 f"{math.exp(statistics.mean(losses)):.1f}",
@@ -225,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "step warms up, has GaLore's decomposition, which comes again every 50 steps, and VeLoRA's first look at its "
         "inputs. "
         f"Held-out loss before training: {results.cells['before']:.4f}. {in_one_line(key)}.\n\n{table(results)}\n\n"
-        f"{in_one_line(results.cells['environment'])}"
+        f"{results.origins()}"
     )
 
 

@@ -1,20 +1,25 @@
 """
 Held-out loss of full fine-tuning, LoRA, fewer sequences at equal cost, and TokenSeek by score: SmolLM2-135M.
 
-Each method has as many steps as full training, and once more as many as fit into the wall time of full training.
+Each method has as many steps as full training, and once more as many as fit into the wall time of full training. Half
+of the sequences at equal cost is therefore the row "full, half the sequences, equal time"; the one at equal steps
+costs less.
 
-    python scripts/bench_quality.py --task docstrings                 # times, rates, three seeds, then the table
+    python scripts/bench_quality.py --task docstrings --bars          # times, rates, three seeds, then the table
     python scripts/bench_quality.py --task docstrings --seeds         # times only
     python scripts/bench_quality.py --task docstrings --table-only    # the table of what has been run
 
 Every run is a cell of docs/evidence/quality-<task>.json, written when it ends: a second call goes on where the
-first stopped. Learning rates are chosen on the validation split, results are of the test split. Steps are timed first,
-in a phase of their own; the runs themselves are not timed and may share the machine.
+first stopped, and runs again what would now have another learning rate or another number of steps. Learning rates are
+chosen on the validation split, results are of the test split. Steps are timed first, in a phase of their own; if a
+method has no times yet, those of another machine are taken again, too. The runs themselves are not timed and may share
+the machine.
 """
 
 import argparse
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,28 +27,41 @@ from functools import partial
 import torch
 from bench_common import (
     EVIDENCE,
+    Bar,
     Results,
     Spread,
+    add_common_options,
     cell,
     collator,
-    environment,
+    exit_status,
     in_one_line,
+    judge,
     load_smollm2,
     markdown_table,
     mean_and_deviation,
     now,
 )
 from bench_tasks import TASKS
+from bench_training import (
+    batches_of,
+    held_out_loss,
+    marked,
+    shuffled_batches,
+    train_step,
+    tried_rates,
+    warmup_then_decay,
+)
 from torch import nn
 from tqdm.auto import tqdm
 
 from hf_tokenseek import attach
 
 # learning rates to choose from: of weights, and of adapters
-RATES = {False: (1e-4, 2e-4, 4e-4), True: (1e-3, 2e-3, 4e-3)}
+RATES = {False: (1e-4, 2e-4, 4e-4), True: (1e-3, 2e-3, 4e-3, 8e-3)}
 # the model knows code: at those rates it only forgets
 SOURCE_TEXT_RATES = {False: (1e-5, 3e-5, 1e-4, 3e-4), True: (1e-4, 3e-4, 1e-3, 3e-3)}
 EQUAL_TIME = ", equal time"
+FULL, SEEK = "full", "seek evidence"
 
 
 @dataclass(frozen=True)
@@ -67,25 +85,25 @@ class Method:
 
 
 AT_EQUAL_STEPS = {
-    "full": Method(),
-    "checkpointing": Method(checkpointing=True, rate_of="full"),
+    FULL: Method(),
+    "checkpointing": Method(checkpointing=True, rate_of=FULL),
     "full, half the sequences": Method(share=0.5),
     "LoRA": Method(lora=True),
-    "seek evidence": Method(seek={}),
-    "seek random": Method(seek={"score": "random"}, rate_of="seek evidence"),
-    "seek context": Method(seek={"score": "context"}, rate_of="seek evidence"),
+    SEEK: Method(seek={}),
+    "seek random": Method(seek={"score": "random"}, rate_of=SEEK),
+    "seek context": Method(seek={"score": "context"}, rate_of=SEEK),
     "seek paper, ratio 0.1": Method(seek={"score": "paper", "ratio": 0.1}),
     "seek gradient, ratio 0.1": Method(seek={"score": "gradient", "ratio": 0.1}),
     "seek loss, ratio 0.1": Method(seek={"score": "loss", "ratio": 0.1}),
     "seek random, ratio 0.1": Method(seek={"score": "random", "ratio": 0.1}),
 }
-METHODS = AT_EQUAL_STEPS | {f"{name}{EQUAL_TIME}": method for name, method in AT_EQUAL_STEPS.items() if name != "full"}
+METHODS = AT_EQUAL_STEPS | {f"{name}{EQUAL_TIME}": method for name, method in AT_EQUAL_STEPS.items() if name != FULL}
 
 
-def build(method: Method, seed: int) -> nn.Module:
+def build(method: Method, load: Callable, seed: int) -> nn.Module:
     """A fresh model in training mode."""
     torch.manual_seed(seed)
-    model, _ = load_smollm2()
+    model, _ = load()
     if method.lora:
         from peft import LoraConfig, get_peft_model
 
@@ -97,81 +115,54 @@ def build(method: Method, seed: int) -> nn.Module:
     return model.train()
 
 
-def held_out_loss(model: nn.Module, batches: list[dict]) -> float:
-    """Mean cross-entropy over the labelled tokens of `batches`."""
-    model.eval()
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for batch in batches:
-            labelled = int((batch["labels"][:, 1:] != -100).sum())
-            total, count = total + float(model(**batch).loss) * labelled, count + labelled
-    model.train()
-    return total / count
-
-
-def batches_of(data: list[dict], size: int, collate: Callable) -> list[dict]:
-    """All of `data` in batches, in order."""
-    return [collate(data[i : i + size]) for i in range(0, len(data), size)]
-
-
-def shuffled_batches(data: list[dict], size: int, steps: int, seed: int, collate: Callable) -> list[dict]:
-    """`steps` batches, reshuffled every epoch; the same for every method that has the same `size`."""
-    generator, order = torch.Generator().manual_seed(seed), []
-    while len(order) < steps * size:
-        order += torch.randperm(len(data), generator=generator).tolist()
-    return batches_of([data[i] for i in order[: steps * size]], size, collate)
-
-
-def train_step(model: nn.Module, batch: dict, optimizer: torch.optim.Optimizer) -> float:
-    """Forward, backward, clip at 1, AdamW, all in fp32."""
-    loss = model(**batch).loss
-    loss.backward()
-    nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(loss.detach())
-
-
-def warmup_then_decay(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up over a tenth of the steps, then linear decay to zero."""
-    warmup = max(1, steps // 10)
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, (steps - s) / max(1, steps - warmup))
-    )
-
-
-def run(method: Method, rate: float, seed: int, steps: int, train: Callable, evaluate: Callable) -> float:
+class Bench:
     """
-    Trains once.
+    What a cell is made from.
 
-    Returns:
-        `float`: held-out loss after the last step.
+    Args:
+        args (`argparse.Namespace`): the command line.
+        load (`Callable`): gives the model and its tokenizer.
     """
-    model = build(method, seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
-    schedule = warmup_then_decay(optimizer, steps)
-    with nullcontext() if method.seek is None else attach(model, seek=method.seek) as handle:
-        for step, batch in enumerate(tqdm(train(steps, method.share, seed), leave=False, mininterval=5), 1):
-            if handle is not None:
-                handle.seek.begin_step(step)
-            train_step(model, batch, optimizer)
-            schedule.step()
-    return evaluate(model)
 
+    def __init__(self, args: argparse.Namespace, load: Callable):
+        _, tokenizer = load()
+        self.load, self.batch, self.collate = load, args.batch, collator(tokenizer.pad_token_id)
+        splits = {
+            split: TASKS[args.task](tokenizer, split, args.max_length) for split in ("train", "validation", "test")
+        }
+        self.training = splits.pop("train")
+        self.held_out = {
+            split: batches_of(data[: args.eval_examples], 8, self.collate) for split, data in splits.items()
+        }
 
-def time_steps(batch_for: Callable, repeats: int) -> dict[str, list[float]]:
-    """Seconds of `repeats` training steps of each method, optimizer included; the first, a warm-up, is left out."""
-    seconds = {name: [] for name in AT_EQUAL_STEPS}
-    for name, method in tqdm(AT_EQUAL_STEPS.items(), desc="timing"):
-        model = build(method, 0)
+    def batches(self, method: Method, steps: int, seed: int) -> list[dict]:
+        """What a method trains on in so many steps."""
+        size = max(1, round(self.batch * method.share))
+        return shuffled_batches(self.training, size, steps, seed, self.collate)
+
+    def loss(self, method: Method, split: str, seed: int, rate: float, steps: int) -> float:
+        """Held-out loss after training once; before it, if there are no steps."""
+        model = build(method, self.load, seed)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+        schedule = warmup_then_decay(optimizer, steps)
+        with nullcontext() if method.seek is None else attach(model, seek=method.seek) as handle:
+            for step, batch in enumerate(tqdm(self.batches(method, steps, seed), leave=False, mininterval=5), 1):
+                if handle is not None:
+                    handle.seek.begin_step(step)
+                train_step(model, batch, optimizer)
+                schedule.step()
+        return held_out_loss(model, self.held_out[split])
+
+    def seconds(self, method: Method, repeats: int) -> list[float]:
+        """Of `repeats` training steps, optimizer included; the first step, a warm-up, is left out."""
+        model, found = build(method, self.load, 0), []
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
         with nullcontext() if method.seek is None else attach(model, seek=method.seek):
-            for index, batch in enumerate(batch_for(repeats + 1, method.share, 0)):
+            for batch in self.batches(method, repeats + 1, 0):
                 began = now()
                 train_step(model, batch, optimizer)
-                if index:  # the first step warms up
-                    seconds[name].append(now() - began)
-    return seconds
+                found.append(now() - began)
+        return found[1:]
 
 
 def rates_of(name: str, task: str) -> tuple[float, ...]:
@@ -184,45 +175,96 @@ def rated_as(name: str) -> str:
     return METHODS[name].rate_of or name.removesuffix(EQUAL_TIME)
 
 
-def chosen_rate(results: Results, name: str) -> float:
-    """The learning rate with the lowest validation loss of this method, or of the one whose rate it takes."""
-    name = rated_as(name)
-    return min(rates_of(name, results.key["task"]), key=lambda rate: results.cells[f"rate | {name} | {rate}"])
+def tried(results: Results, name: str) -> dict[float, float]:
+    """The learning rates that have been tried for a method, or the one whose rate it takes, and their losses."""
+    return tried_rates(results, rated_as(name), rates_of(name, results.key["task"]))
 
 
-def steps_in_equal_time(results: Results, name: str, steps: int) -> int:
-    """How many steps of a method take the time of `steps` steps of full training."""
-    full, own = (statistics.median(results.cells["seconds"][n]) for n in ("full", name.removesuffix(EQUAL_TIME)))
-    return round(steps * full / own)
+def choice(results: Results, name: str) -> tuple[float, int]:
+    """The learning rate and the number of steps of a method: those of full training, or what fits into its time."""
+    losses, steps = tried(results, name), results.key["steps"]
+    if name.endswith(EQUAL_TIME):
+        full, own = (statistics.median(results.cells[seconds_of(n)]) for n in (FULL, name))
+        steps = max(1, round(steps * full / own))
+    return min(losses, key=losses.get), steps
+
+
+def seconds_of(name: str) -> str:
+    """The cell of a method's step times."""
+    return f"seconds | {name.removesuffix(EQUAL_TIME)}"
+
+
+def times_to_take(results: Results, methods: Iterable[str]) -> list[str]:
+    """The cells that are missing; before them, if any is, those of another machine, which do not compare."""
+    wanted = dict.fromkeys(map(seconds_of, [FULL, *methods]))
+    missing = [key for key in wanted if key not in results]
+    elsewhere = [key for key in map(seconds_of, AT_EQUAL_STEPS) if key in results and not results.made_here(key)]
+    return [*elsewhere, *missing] if missing else []
+
+
+def runs_of(results: Results, name: str) -> dict[tuple[float, int], list[float]]:
+    """Held-out losses of a method, one a seed, by learning rate and steps: what differs in them is not one row."""
+    found = {}
+    for key, run in results.cells.items():
+        if key.startswith(f"run | {name} | "):
+            found.setdefault((run["rate"], run["steps"]), []).append(run["loss"])
+    return found
 
 
 def table(results: Results) -> str:
     """Markdown table of everything that has been run for the task."""
     rows = []
     for name in METHODS:
-        runs = [figures for key, figures in results.cells.items() if key.startswith(f"run | {name} | ")]
-        if not runs:
-            continue
-        losses = [figures["loss"] for figures in runs]
-        seconds = Spread.of(results.cells["seconds"][name.removesuffix(EQUAL_TIME)])
-        steps = runs[0]["steps"]
-        rows.append(
-            [
-                name,
-                f"{runs[0]['rate']:g}",
-                str(steps),
-                str(len(losses)),
-                mean_and_deviation(losses),
-                f"{seconds:.2f}",
-                f"{seconds.median * steps:.0f}",
-            ]
-        )
+        for (rate, steps), losses in runs_of(results, name).items():
+            seconds = Spread.of(results.cells[seconds_of(name)])
+            own = [marked(rate, tried(results, name)), str(steps), str(len(losses)), mean_and_deviation(losses)]
+            rows.append([name, *own, f"{seconds:.2f}", f"{seconds.median * steps:.0f}"])
     head = ["method", "learning rate", "steps", "seeds", "held-out loss", "s/step (range)", "s in all steps"]
     return markdown_table(head, rows)
 
 
-def main() -> None:
-    """Runs what is missing, then prints and writes the table."""
+def bars(results: Results) -> list[Bar]:
+    """The project's bars, for the task they are set for, once several seeds have been run at one choice."""
+    runs = [list(runs_of(results, name).values()) for name in (FULL, SEEK, SEEK + EQUAL_TIME)]
+    if results.key["task"] != "docstrings" or any(len(own) != 1 or len(own[0]) < 2 for own in runs):
+        return []
+    full, steps, time = (own[0] for own in runs)
+    noise = max(statistics.stdev(full), statistics.stdev(steps))
+    return [
+        Bar(f"{SEEK} - {FULL}, held-out loss at equal steps, within noise", _difference(steps, full), noise),
+        Bar(f"{SEEK} - {FULL}, held-out loss at equal time", _difference(time, full), 0.0),
+    ]
+
+
+def _difference(mine: Sequence[float], other: Sequence[float]) -> float:
+    return statistics.mean(mine) - statistics.mean(other)
+
+
+def fill(results: Results, args: argparse.Namespace, load: Callable) -> None:
+    """Runs what is missing: timing, learning rates, then seed by seed."""
+    bench = Bench(args, load)
+    for name in tqdm(times_to_take(results, args.methods), desc="timing"):
+        results[name] = bench.seconds(METHODS[name.removeprefix("seconds | ")], args.timing_repeats)
+    cell(results, "before", lambda: bench.loss(METHODS[FULL], "test", seed=0, rate=0.0, steps=0))
+    if not args.seeds:
+        return
+    needed = dict.fromkeys(map(rated_as, args.methods))
+    sweep = [(name, rate) for name in needed for rate in rates_of(name, args.task)]
+    for name, rate in tqdm(sweep, desc="learning rates"):
+        # another seed than those of the results
+        job = partial(bench.loss, METHODS[name], "validation", seed=100, rate=rate, steps=args.rate_steps)
+        cell(results, f"rate | {name} | {rate}", job)
+    # seed by seed, so that an interrupted bench has whole seeds
+    for seed, name in tqdm([(s, n) for s in args.seeds for n in args.methods], desc="runs"):
+        rate, steps = choice(results, name)
+        run = results.cells.get(f"run | {name} | {seed}")
+        if run is None or (run["rate"], run["steps"]) != (rate, steps):
+            loss = bench.loss(METHODS[name], "test", seed, rate, steps)
+            results[f"run | {name} | {seed}"] = {"loss": loss, "steps": steps, "rate": rate}
+
+
+def main(argv: Sequence[str] | None = None, load: Callable = load_smollm2) -> int:
+    """Runs what is missing, prints and writes the table; `load` gives the model and its tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=sorted(TASKS), default="docstrings")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
@@ -234,54 +276,25 @@ def main() -> None:
     parser.add_argument("--eval-examples", type=int, default=24)
     parser.add_argument("--timing-repeats", type=int, default=4)
     parser.add_argument("--table-only", action="store_true", help="print what has been run")
-    args = parser.parse_args()
+    add_common_options(parser)
+    args = parser.parse_args(argv)
     settings = ("task", "steps", "rate_steps", "batch", "max_length", "eval_examples")
     key = {"model": "SmolLM2-135M-Instruct", "dtype": "fp32", **{name: getattr(args, name) for name in settings}}
-    results = Results(EVIDENCE / f"quality-{args.task}.json", key)
+    results = Results(args.output or EVIDENCE / f"quality-{args.task}.json", key, args.fresh)
     if not args.table_only:
-        fill(results, args)
-    results.publish(
-        f"# Quality: {args.task}\n\nMean ± standard deviation over seeds; held-out loss before training: "
-        f"{results.cells['before']:.4f}. {in_one_line(key)}.\n\n{table(results)}\n\n"
-        f"{in_one_line(results.cells['environment'])}"
-    )
-
-
-def fill(results: Results, args: argparse.Namespace) -> None:
-    """Runs what is missing: timing, learning rates, then seed by seed."""
-    _, tokenizer = load_smollm2()
-    splits = {split: TASKS[args.task](tokenizer, split, args.max_length) for split in ("train", "validation", "test")}
-    collate = collator(tokenizer.pad_token_id)
-
-    def train(steps: int, share: float, seed: int) -> list[dict]:
-        return shuffled_batches(splits["train"], max(1, round(args.batch * share)), steps, seed, collate)
-
-    def evaluator(split: str) -> Callable[[nn.Module], float]:
-        batches = batches_of(splits[split][: args.eval_examples], 8, collate)
-        return lambda model: held_out_loss(model, batches)
-
-    cell(results, "environment", environment)
-    cell(results, "seconds", lambda: time_steps(train, args.timing_repeats))
-    cell(results, "before", lambda: evaluator("test")(build(METHODS["full"], 0)))
-    if not args.seeds:
-        return
-    needed = dict.fromkeys(map(rated_as, args.methods))
-    sweep = [(name, rate) for name in needed for rate in rates_of(name, args.task)]
-    for name, rate in tqdm(sweep, desc="learning rates"):
-        job = partial(run, METHODS[name], rate, 100, args.rate_steps, train, evaluator("validation"))
-        cell(results, f"rate | {name} | {rate}", job)
-    # seed by seed, so that an interrupted bench has whole seeds
-    for seed, name in tqdm([(s, n) for s in args.seeds for n in args.methods], desc="runs"):
-        steps, rate = args.steps, chosen_rate(results, name)
-        if name.endswith(EQUAL_TIME):
-            steps = steps_in_equal_time(results, name, steps)
-
-        def job(name=name, rate=rate, seed=seed, steps=steps):
-            loss = run(METHODS[name], rate, seed, steps, train, evaluator("test"))
-            return {"loss": loss, "steps": steps, "rate": rate}
-
-        cell(results, f"run | {name} | {seed}", job)
+        fill(results, args, load)
+    elif "before" not in results:
+        raise SystemExit(f"{results.path} has no figures of these settings. Leave out --table-only to run them.")
+    found = bars(results) if args.bars else []
+    sections = [
+        f"# Quality: {args.task}\n\nMean ± standard deviation over seeds; * marks a rate at the edge of those tried. "
+        f"Held-out loss before training: {results.cells['before']:.4f}. {in_one_line(key)}.",
+        table(results),
+    ]
+    sections += [f"```\n{judge(found)}\n```"] if args.bars else []
+    results.publish("\n\n".join([*sections, results.origins()]))
+    return exit_status(found, args.strict)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

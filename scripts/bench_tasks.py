@@ -54,7 +54,10 @@ def source_text(tokenizer: PreTrainedTokenizerBase, split: str, max_length: int)
 
 
 def glosses(tokenizer: PreTrainedTokenizerBase, split: str, max_length: int) -> Encoded:
-    """Short prompt, short answer: define a noun of WordNet 3.0 (Debian package `wordnet-base`)."""
+    """
+    Short prompt, short answer: define a noun of WordNet 3.0 (Debian package `wordnet-base`). A noun with several
+    meanings may be in two splits, each time with another of them.
+    """
     if not WORDNET_NOUNS.is_file():
         raise FileNotFoundError(f"{WORDNET_NOUNS} is missing. Install WordNet: apt-get install wordnet-base.")
     records = []

@@ -27,7 +27,6 @@ from bench_common import (
     add_common_options,
     cell,
     collator,
-    environment,
     exit_status,
     in_one_line,
     judge,
@@ -37,9 +36,9 @@ from bench_common import (
     now,
     quotient,
 )
-from bench_quality import batches_of, held_out_loss, shuffled_batches, train_step, warmup_then_decay
 from bench_step import real_text
 from bench_tasks import docstrings
+from bench_training import batches_of, held_out_loss, shuffled_batches, train_step, warmup_then_decay
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -250,7 +249,6 @@ def main(argv: Sequence[str] | None = None, load: Callable = load_smollm2) -> in
     results = Results(args.output or EVIDENCE / "bench_velora.json", key, args.fresh)
     model, tokenizer = load()
     ids, config = real_text(tokenizer, 1, args.tokens).to(DEVICE), model.config
-    cell(results, "environment", environment)
     cell(results, "seconds", lambda: step_seconds(ROWS, load, ids, args.repeats))
     for row in tqdm(ROWS, desc="bytes"):
         cell(results, f"bytes | {row.name}", lambda row=row: count_bytes(row, load, ids))
@@ -260,7 +258,7 @@ def main(argv: Sequence[str] | None = None, load: Callable = load_smollm2) -> in
     found = bars(results, width * args.tokens * 4 / MIB) if args.bars else []
     results.publish(
         f"# VeLoRA on SmolLM2-135M\n\n{in_one_line(key)}, groups {GROUPS}, inputs attention, mlp and down\n\n"
-        f"{table(results)}\n\n```\n{judge(found)}\n```\n\n{in_one_line(results.cells['environment'])}"
+        f"{table(results)}\n\n```\n{judge(found)}\n```\n\n{results.origins()}"
     )
     return exit_status(found, args.strict)
 

@@ -31,7 +31,26 @@ def test_a_report_stands_beside_its_figures(common, tmp_path):
     results["cell"] = 1
     results.publish("# Report")
     assert (tmp_path / "bench.md").read_text() == "# Report\n"
-    assert json.loads((tmp_path / "bench.json").read_text()) == {"key": {}, "cells": {"cell": 1}}
+    stored = json.loads((tmp_path / "bench.json").read_text())
+    assert (stored["key"], stored["cells"]) == ({}, {"cell": 1})
+
+
+def test_every_cell_says_where_it_was_made(common, tmp_path, monkeypatch):
+    path, known = tmp_path / "bench.json", common.environment()
+    for name, changed in (("first", {}), ("second", {"commit": "b"}), ("third", {"cpu": "abacus"})):
+        monkeypatch.setattr(common, "environment", lambda changed=changed: {**known, **changed})
+        results = common.Results(path, {})
+        results[name] = 1
+    assert [results.made_here(name) for name in ("first", "second", "third")] == [False, False, True]
+    monkeypatch.setattr(common, "environment", lambda: known)
+    results = common.Results(path, {})
+    assert [results.made_here(name) for name in ("first", "second", "third")] == [True, True, False]
+    first, second, third = results.origins().split("\n\n")
+    assert first == common.in_one_line(known)
+    assert "commit b" in second and "cpu abacus" in third
+    # an environment from which nothing is left is not named
+    results["second"] = results["third"] = 2
+    assert results.origins() == first
 
 
 def test_spread(common):

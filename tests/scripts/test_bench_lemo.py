@@ -46,7 +46,29 @@ def test_steps_and_simulated_steps_end_to_end(script, tiny_llama, tmp_path, caps
     monkeypatch.setattr(bench, "measure", again)
     monkeypatch.setattr(bench, "measure_fake", again)
     assert bench.main(options, load) == 0
-    assert "| keep 0.4 + checkpointing |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| keep 0.4 + checkpointing |" in printed and "Of it the head: " in printed
+
+
+@pytest.mark.parametrize("n", [512, 200])
+def test_flops_of_the_head_are_counted_and_follow_from_the_rows_it_sees(script, tiny_llama, n):
+    bench, flops = script("bench_lemo"), script("bench_flops")
+    ids = torch.randint(1, 128, (1, n), generator=torch.Generator().manual_seed(0))
+
+    def counted(name: str, tokens: int) -> tuple[int, int]:
+        """All that is counted and what the head should take, with a vocabulary of so many tokens."""
+        model = tiny_llama()
+        model.resize_token_embeddings(tokens)
+        model = bench.build(bench.Row("", lora=True), lambda: (model, None))
+        rows = flops.head_rows(n, 0.4 if name in (bench.LEMO, bench.LEMO_CHECKPOINTING) else 1.0)
+        return bench.count_flops(model, bench.ROWS[name], ids), flops.head_flops(model.config, rows)
+
+    # layers do the same whatever the vocabulary, the head does more; it is never computed again by a checkpoint
+    for name in (bench.DENSE, bench.CHECKPOINTING, bench.LEMO, bench.DETACH, bench.LEMO_CHECKPOINTING):
+        (small, head_of_small), (large, head_of_large) = counted(name, 128), counted(name, 256)
+        assert large - small == head_of_large - head_of_small > 0, name
+    # 8 blocks, of which 3 are kept; 4 blocks, of which the first and the last are, with 8 tokens
+    assert flops.head_rows(n) == n - 1 and flops.head_rows(n, 0.4) == {512: 3 * 64 - 1, 200: 64 + 8 - 1}[n]
 
 
 @pytest.mark.parametrize("task", ["text", "needle"])
