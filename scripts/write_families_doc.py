@@ -23,10 +23,10 @@ Written by `scripts/write_families_doc.py` from `hf_tokenseek/families.py`; a te
 `tests/seek/test_families.py` holds every family against the plain model of transformers, at tiny size: the logits of
 scouting, the logits of the selected rows, and every parameter's gradient against the plain model with the ditched rows
 detached at each layer; and with everything selected, loss and gradients of plain training. Padding left and right,
-packed documents, batches of one and three, gradient checkpointing, float32 and bfloat16 take part with every family, in
-all combinations with {representatives}, in six with the others. The second
-column says what a family has, and the tests thereby use, beyond causal attention with a key and value for each query
-head.
+packed documents, batches of one and three, gradient checkpointing, float32 and bfloat16 take part with every family:
+in all combinations with {representatives}, in six with the others. The
+second column says what a family has, and the tests thereby use, beyond causal attention with a key and value for each
+query head.
 
 | `model_type` | exercised |
 | --- | --- |
