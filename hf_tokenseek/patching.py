@@ -267,6 +267,9 @@ def attach(
         print(handle.report())
     ```
 
+    Steps are not counted: `handle.begin_step(step)` before each optimizer step seeds what is random and is what
+    `probe_steps` and schedules go by.
+
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`):
             The model; its instance is patched, never its class.

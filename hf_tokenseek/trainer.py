@@ -27,7 +27,8 @@ class TokenSeekMixin:
     """Adds the callbacks that the arguments ask for, and brings their figures into every log."""
 
     def __init__(self, model=None, args=None, *positional, callbacks=None, compute_loss_func=None, **kwargs):
-        callbacks = list(callbacks or [])
+        # `Trainer` takes classes too
+        callbacks = [c() if isinstance(c, type) else c for c in callbacks or []]
         # plain TrainingArguments have no such field: seek is on with its defaults
         seek = getattr(args, "seek", SeekConfig())
         if seek is not None and compute_loss_func is not None:

@@ -11,7 +11,7 @@ import torch
 from hf_tokenseek.families import BEFORE_HEAD, MIXES_PACKED, REFUSED, SUPPORTED
 from hf_tokenseek.patching import attach
 from hf_tokenseek.seek.attention import ScoutState
-from tests.seek.tiny_families import tiny_model
+from tests.seek.tiny_families import REPRESENTATIVES, tiny_model
 
 PATH = Path(__file__).parents[1] / "docs" / "families.md"
 HEAD = """# Model families
@@ -23,8 +23,10 @@ Written by `scripts/write_families_doc.py` from `hf_tokenseek/families.py`; a te
 `tests/seek/test_families.py` holds every family against the plain model of transformers, at tiny size: the logits of
 scouting, the logits of the selected rows, and every parameter's gradient against the plain model with the ditched rows
 detached at each layer; and with everything selected, loss and gradients of plain training. Padding left and right,
-packed documents, batches of one and more, gradient checkpointing and bfloat16 take part. The second column says what a
-family has, and the tests thereby use, beyond causal attention with a key and value for each query head.
+packed documents, batches of one and three, gradient checkpointing, float32 and bfloat16 take part with every family:
+in all combinations with {representatives}, in six with the others. The
+second column says what a family has, and the tests thereby use, beyond causal attention with a key and value for each
+query head.
 
 | `model_type` | exercised |
 | --- | --- |
@@ -40,8 +42,10 @@ one when it passes the tests: add it to `SUPPORTED` and run them.
 """
 MIXED = """
 Plain {families} mix packed documents under eager and sdpa attention (not under flash
-attention). TokenSeek always keeps them apart. Where layers share K/V, transformers loses gradients under *reentrant*
-gradient checkpointing, with TokenSeek and without: pass `gradient_checkpointing_kwargs={{"use_reentrant": False}}`.
+attention), and so does every plain model in a loop of your own without a mask and with `use_cache=True`, transformers'
+default, which the `Trainer` turns off. TokenSeek always keeps them apart. Where layers share K/V, transformers loses
+gradients under *reentrant* gradient checkpointing, with TokenSeek and without: pass
+`gradient_checkpointing_kwargs={{"use_reentrant": False}}`.
 """
 
 
@@ -94,7 +98,7 @@ def document() -> str:
     refused = [f"| {reason} | {', '.join(families)} |\n" for reason, families in reasons.items()]
     return "".join(
         [
-            HEAD.format(count=len(rows)),
+            HEAD.format(count=len(rows), representatives=", ".join(REPRESENTATIVES)),
             *rows,
             MIXED.format(families=", ".join(MIXES_PACKED)),
             REFUSALS.format(count=len(REFUSED)),

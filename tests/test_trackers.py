@@ -7,17 +7,25 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import Trainer
+from transformers.integrations import TensorBoardCallback
 
+from hf_tokenseek import MemoryCallback, SeekCallback
 from tests.tiny_training import SELECTS, arguments, trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ["seek/selected_share", "seek/evidence_mass", "memory/saved_activations_mib", "speed/step_seconds"]
 
 
-def test_tensorboard(tiny_llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stock", [False, True], ids=["ours", "stock"])
+def test_tensorboard(tiny_llama, tmp_path, monkeypatch, stock):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    own = trainer(tiny_llama(), arguments(tmp_path, SELECTS, report_to=["tensorboard"]))
+    if stock:
+        callbacks = [SeekCallback(SELECTS), MemoryCallback(), TensorBoardCallback()]
+        own = trainer(tiny_llama(), arguments(tmp_path), kind=Trainer, callbacks=callbacks)
+    else:
+        own = trainer(tiny_llama(), arguments(tmp_path, SELECTS, report_to=["tensorboard"]))
     own.train()
     events = accumulator.EventAccumulator(str(tmp_path / "board"))
     events.Reload()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPTJConfig, GPTJForCausalLM, Trainer, TrainerCallback
 
-from hf_tokenseek import SeekCallback, SeekConfig, TokenSeekTrainer
+from hf_tokenseek import LeanCallback, MemoryCallback, SeekCallback, SeekConfig, TokenSeekTrainer
 from tests.tiny_training import EVERYTHING, SELECTS, arguments, examples, logs, losses, pad, trainer
 
 SEEK_KEYS = {
@@ -52,6 +52,26 @@ def test_trackers_see_the_figures(tiny_llama, tmp_path):
     assert sum(set(entry) >= SEEK_KEYS | COST_KEYS for entry in seen) == 4
 
 
+def test_trackers_of_a_stock_trainer_see_the_figures_if_they_are_listed_last(tiny_llama, tmp_path):
+    """What README tells to do, and why: before our callbacks a tracker sees none of them."""
+    seen = [], []
+
+    class Tracker(TrainerCallback):
+        def __init__(self, logs):
+            self.logs = logs
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.logs.append(set(logs))
+
+    class Early(Tracker):
+        pass
+
+    callbacks = [Early(seen[0]), SeekCallback(SELECTS), MemoryCallback(), Tracker(seen[1])]
+    run(tiny_llama(), arguments(tmp_path), kind=Trainer, callbacks=callbacks)
+    first, last = (sum(entry >= SEEK_KEYS | COST_KEYS for entry in entries) for entries in seen)
+    assert (first, last) == (0, 4)
+
+
 def test_a_log_is_the_mean_over_its_micro_batches(tiny_llama, tmp_path):
     every = run(tiny_llama(), arguments(tmp_path, SELECTS))
     pairs = run(tiny_llama(), arguments(tmp_path, SELECTS, logging_steps=2))
@@ -61,7 +81,7 @@ def test_a_log_is_the_mean_over_its_micro_batches(tiny_llama, tmp_path):
         assert [entry[key] for entry in logs(pairs)] == pytest.approx(means)
 
 
-@pytest.mark.parametrize("seek", [SELECTS, {**SELECTS, "ratio": 0.4, "score": "random"}])
+@pytest.mark.parametrize("seek", [SELECTS, {"ratio": 0.4, "score": "random", "plain_fallback": False}])
 def test_callback_in_the_stock_trainer_is_the_same_training(tiny_llama, tmp_path, seek):
     own = run(tiny_llama(), arguments(tmp_path, seek))
     stock = run(tiny_llama(), arguments(tmp_path), kind=Trainer, callbacks=[SeekCallback(seek)])
@@ -87,7 +107,9 @@ def test_everything_selected_is_plain_training(tiny_llama, tmp_path, everything,
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("seek", [SELECTS, {**SELECTS, "ratio": 0.4, "score": "loss"}], ids=["stages", "ratio"])
+@pytest.mark.parametrize(
+    "seek", [SELECTS, {"ratio": 0.4, "score": "loss", "plain_fallback": False}], ids=["stages", "ratio"]
+)
 def test_accumulation_is_one_large_batch(tiny_llama, tmp_path, seek):
     """Sequences of different length and padding: the Trainer's count divides, not each micro-batch's own."""
     found = []
@@ -154,6 +176,7 @@ def test_evaluation_and_generation_see_the_original(tiny_llama, tmp_path):
 @pytest.mark.parametrize("options, said", [
     ({"label_smoothing_factor": 0.1}, r"`label_smoothing_factor`=0.1.*Set label_smoothing_factor=0.0"),
     ({"torch_compile": True}, r"`torch_compile`=True.*Set torch_compile=False"),
+    ({"neftune_noise_alpha": 5.0}, r"`neftune_noise_alpha`=5.0.*no noise.*Set neftune_noise_alpha=None"),
 ])  # fmt: skip
 def test_arguments_that_bypass_seek_are_refused_before_training(tiny_llama, tmp_path, options, said):
     for build in (
@@ -162,7 +185,11 @@ def test_arguments_that_bypass_seek_are_refused_before_training(tiny_llama, tmp_
     ):
         with pytest.raises(ValueError, match=said):
             build()
-    trainer(tiny_llama(), arguments(tmp_path, None, **options))
+    own = trainer(tiny_llama(), arguments(tmp_path, None, **options))
+    # a callback that comes when the trainer has been built
+    own.add_callback(SeekCallback())
+    with pytest.raises(ValueError, match=said):
+        own.train()
 
 
 def test_custom_loss_is_refused_by_name(tiny_llama, tmp_path):
@@ -177,15 +204,36 @@ def test_unsupported_model_is_refused_at_construction(tmp_path):
     run(model, arguments(tmp_path, None, max_steps=1))
 
 
-def test_data_that_does_not_fit_is_said(tiny_llama, tmp_path, caplog):
-    """Everywhere labelled: scouting cannot pay, each micro-batch is trained plainly, and the run says so."""
+class WarnedAt(TrainerCallback):
+    """The steps at whose beginning the log has a warning."""
+
+    def __init__(self, caplog):
+        self.caplog, self.steps = caplog, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if "does not fit" in self.caplog.text:
+            self.steps.append(state.global_step + 1)
+
+
+@pytest.mark.parametrize(("steps", "said"), [(12, 10), (4, 4)])
+def test_data_that_does_not_fit_is_said(tiny_llama, tmp_path, caplog, steps, said):
+    """Everywhere labelled: scouting cannot pay, each micro-batch is trained plainly, and the run says so, once."""
     rows = [{**row, "labels": row["input_ids"]} for row in examples()]
-    own = trainer(tiny_llama(), arguments(tmp_path, max_steps=12))
+    own = trainer(tiny_llama(), arguments(tmp_path, max_steps=steps), callbacks=[warned := WarnedAt(caplog)])
     own.train_dataset = rows
     with caplog.at_level(logging.WARNING):
         own.train()
-    assert "TokenSeek does not fit this data: 12 of 12 micro-batches" in caplog.text
+    assert caplog.text.count("TokenSeek does not fit this data") == 1
+    assert f"TokenSeek does not fit this data: {said} of {said} micro-batches" in caplog.text
+    assert warned.steps == [step for step in range(1, steps + 1) if step > 10]
     assert all(entry["seek/plain_share"] == 1 for entry in logs(own))
+
+
+@pytest.mark.parametrize("kind", [SeekCallback, LeanCallback, MemoryCallback])
+def test_callbacks_may_be_classes(tiny_llama, tmp_path, kind):
+    """As in the stock trainer; none is there twice."""
+    own = run(tiny_llama(), arguments(tmp_path, {}, lean=True, max_steps=1), callbacks=[kind])
+    assert [type(c) for c in own.callback_handler.callbacks].count(kind) == 1
 
 
 def test_probe_logs_the_cosine_with_the_full_gradient(tiny_llama, tmp_path):

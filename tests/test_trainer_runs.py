@@ -11,7 +11,7 @@ from hf_tokenseek import SeekCallback, TokenSeekTrainer
 from tests.tiny_training import EVERYTHING, SELECTS, arguments, examples, logs, losses, pad, trainer, weights
 
 SAMPLED = {**SELECTS, "temperature": 1.0}
-RANDOM = {**SELECTS, "ratio": 0.4, "score": "random"}
+RANDOM = {"ratio": 0.4, "score": "random", "plain_fallback": False}
 
 
 def dropping_gpt2():

@@ -8,9 +8,15 @@ class LoggedMetrics(TrainerCallback):
     Base of the callbacks that have figures to log.
 
     With the plain `Trainer` they are added to each training log (one that has a `loss`) and to its entry in
-    `state.log_history`, hence `trainer_state.json`. `Trainer` calls its callbacks in the order in which it knows them:
-    the progress bar shows the figures, but trackers from `report_to` have seen the log before. A trainer that adds
-    `metrics()` to the log itself, before anyone has seen it, sets `logged_by_trainer`.
+    `state.log_history`, hence `trainer_state.json`. `Trainer` calls its callbacks in the order in which it knows them,
+    and those of `report_to` come first: the progress bar shows the figures, but such a tracker has seen the log
+    before. With `report_to=[]` and the tracker's callback behind ours it sees them:
+
+    ```python
+    Trainer(model, args, callbacks=[SeekCallback(), MemoryCallback(), TensorBoardCallback()], ...)
+    ```
+
+    A trainer that adds `metrics()` to the log itself, before anyone has seen it, sets `logged_by_trainer`.
 
     Attributes:
         logged_by_trainer (`bool`): Whether the trainer calls `metrics()`. `False` by default.

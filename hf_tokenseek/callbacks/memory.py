@@ -38,6 +38,9 @@ class MemoryCallback(LoggedMetrics):
     trainer = Trainer(model, args, train_dataset=dataset, callbacks=[MemoryCallback()])
     ```
 
+    For trackers to see them in a stock `Trainer` too, set `report_to=[]` and list the tracker's callback behind this
+    one ([`LoggedMetrics`]).
+
     With `level="layer"` the first three optimizer steps are tracked operator by operator ([`MemoryTracker`]): such a
     step takes about 40 us an operator longer (0.3 s with 30 layers) and is left out of `speed/...`. The log after one
     has, of the largest moment so far, `memory/tracked_peak_mib` and its parts

@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..patching import find_causal_lm
@@ -16,6 +16,9 @@ from .logging import LoggedMetrics
 
 logger = logging.get_logger(__name__)
 
+# after so many a warning is not about a few odd sequences
+MICRO_BATCHES = 10
+
 
 class SeekCallback(LoggedMetrics):
     """
@@ -26,7 +29,8 @@ class SeekCallback(LoggedMetrics):
     ```
 
     The model is patched when the trainer is built (before accelerate wraps it) and given back when training ends;
-    evaluation, generation and saving see the original. Logs the keys of [`SeekMetrics`].
+    evaluation, generation and saving see the original. Logs the keys of [`SeekMetrics`]; for trackers to see them in a
+    stock `Trainer` too, set `report_to=[]` and list the tracker's callback behind this one ([`LoggedMetrics`]).
 
     Args:
         config ([`SeekConfig`], `dict` or `bool`, *optional*): what to select; defaults to `SeekConfig()`.
@@ -40,7 +44,7 @@ class SeekCallback(LoggedMetrics):
         if self.config is None:
             raise ValueError("SeekCallback was told to be off. Leave it out of `callbacks` instead.")
         self.handle: SeekHandle | None = None
-        self._described = False
+        self._described = self._warned = False
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
         refuse_arguments(args)
@@ -49,13 +53,16 @@ class SeekCallback(LoggedMetrics):
         self._attach(model)
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs) -> None:
+        if self.handle is None:
+            # it was added to a trainer that had been built
+            self.on_init_end(args, state, control, model=model)
         # `model_init` may have made another model, trl has replaced the forward of this one
         self._attach(model)
         if self.config.ratio == AUTO:
             self.handle.config = replace(
                 self.handle.config, ratio=find_ratio(self.config, model, args, train_dataloader)
             )
-        self._described = False
+        self._described = self._warned = False
         if state.is_local_process_zero:
             print(self.handle.swapped(), flush=True)
 
@@ -66,11 +73,12 @@ class SeekCallback(LoggedMetrics):
         if not self._described and state.is_local_process_zero:
             print("TokenSeek's first step:", *self.handle.metrics.describe(), sep="\n", flush=True)
         self._described = True
+        if self.handle.metrics.total >= MICRO_BATCHES:
+            self._warn(state)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self.handle.pause()
-        if (misfit := self.handle.metrics.misfit()) is not None:
-            logger.warning(misfit)
+        self._warn(state)
 
     def metrics(self, reset: bool = True) -> dict[str, float]:
         """
@@ -80,6 +88,13 @@ class SeekCallback(LoggedMetrics):
             reset (`bool`, *optional*, defaults to `True`): whether the next call starts from here.
         """
         return {} if self.handle is None else self.handle.metrics.read(reset)
+
+    def _warn(self, state: TrainerState) -> None:
+        """Says once in a run that TokenSeek does not fit the data, if it does not."""
+        misfit = self.handle.metrics.misfit()
+        if misfit is not None and not self._warned and state.is_local_process_zero:
+            logger.warning(misfit)
+            self._warned = True
 
     def _attach(self, model: nn.Module) -> None:
         if self.handle is not None and self.handle.model is find_causal_lm(model):
@@ -121,6 +136,11 @@ def refuse_arguments(args: TrainingArguments) -> None:
     """
     refusals = {
         "label_smoothing_factor": (args.label_smoothing_factor, "0.0", "its loss takes the labels from the model"),
+        "neftune_noise_alpha": (
+            args.neftune_noise_alpha,
+            "None",
+            "scouting would see no noise, and selected rows another one than in whole sequences",
+        ),
         "torch_compile": (args.torch_compile, "False", "the selected forward would run uncompiled"),
         "use_liger_kernel": (
             args.use_liger_kernel,

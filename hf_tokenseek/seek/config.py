@@ -1,6 +1,6 @@
 """What a user can choose about TokenSeek."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 
 from ..method_config import MethodConfig
@@ -9,6 +9,17 @@ SCORES = ("evidence", "context", "gradient", "loss", "entropy", "recent", "rando
 CONTEXT_BIASES = ("none", "count", "harmonic")
 GRADIENT_NORMS = ("l2", "l1", "signed")
 MIXES = ("rank", "zscore")
+# the scores that read an option
+READ_BY = {
+    "alpha": ("hybrid", "paper"),
+    "beta": ("hybrid", "paper"),
+    "mix": ("hybrid",),
+    "gradient_norm": ("paper",),
+    "context_bias": ("context", "hybrid", "paper"),
+    "evidence_queries": ("evidence",),
+}
+# the scores that are 0 wherever there is no label
+OF_LABELS = ("gradient", "loss")
 # `ratio` that depends on the memory there is
 AUTO = "auto"
 # defaults of `context`, and the share of trained weights below which the second one holds
@@ -35,8 +46,8 @@ class SeekConfig(MethodConfig):
             Share of the labelled positions to keep as loss rows, in (0, 1]. Below 1 the loss of a sequence is the mean
             over its kept rows, weighted as if all were there.
         ratio (`float` or `"auto"`, *optional*):
-            One budget over all real positions, in (0, 1]; `context` and `labelled` are then not used. `"auto"` is, in
-            a trainer, the largest one with which a step of the longest sequences fits into `budget_gib`; it is found
+            One budget over all real positions, in (0, 1], in place of `context` and `labelled`. `"auto"` is, in a
+            trainer, the largest one with which a step of the longest sequences fits into `budget_gib`; it is found
             when training starts, by simulating steps (some seconds each for a model of 32 layers).
         budget_gib (`float`, *optional*):
             With `ratio="auto"`: GiB that training may take, weights and optimizer included; 8 % of it are left to what
@@ -46,12 +57,15 @@ class SeekConfig(MethodConfig):
             `"context"` (the same from all queries), `"gradient"` (gradient norm at the head), `"loss"`, `"entropy"`,
             `"recent"`, `"random"`, `"hybrid"` (`alpha` context + `beta` gradient, normalised by `mix`) or `"paper"`
             (`alpha * log(attention received in the last block) + beta * min-max gradient at the last block's input`).
+            `"gradient"` and `"loss"` are 0 without a label, so they need `ratio`, whose budget goes to labelled
+            positions first and then to the earliest ones, or a `context` of 0 or 1.
         alpha, beta (`float`, *optional*, defaults to 1.0):
             Weights of the context and gradient terms of `"hybrid"` and `"paper"`.
         mix (`str`, *optional*, defaults to `"rank"`):
             How `"hybrid"` makes its terms comparable: `"rank"` or `"zscore"`.
         gradient_norm (`str`, *optional*, defaults to `"l2"`):
-            How `"paper"` reduces the gradient over the hidden size: `"l2"`, `"l1"` or `"signed"` (the literal sum).
+            How `"paper"` reduces the gradient over the hidden size: `"l2"`, `"l1"` or `"signed"`, the sum that the
+            paper's equation has, under which a gradient of zero stands in the middle and large ones at both ends.
         context_bias (`str`, *optional*, defaults to `"none"`):
             Correction of the head start that causality gives early tokens in `"context"`, `"hybrid"` and `"paper"`:
             divide by the number of queries that can see the token (`"count"`) or by the mass it would get from uniform
@@ -70,7 +84,7 @@ class SeekConfig(MethodConfig):
             Seed of `"random"` and of the stochastic top-k.
 
     Raises:
-        ValueError: a value lies outside its allowed set.
+        ValueError: a value lies outside its allowed set, or has no effect beside the others.
     """
 
     field_name, example = "seek", '{"context": 0.2}'
@@ -116,6 +130,28 @@ class SeekConfig(MethodConfig):
         for name in ("temperature", "probe_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` should be 0 (off) or positive, got {getattr(self, name)}.")
+        self._check_effects()
+
+    def _check_effects(self) -> None:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        for name in ("context", "labelled"):
+            if self.ratio is not None and name in given:
+                raise ValueError(
+                    f"ratio={self.ratio!r} is one budget over all positions and does not read {name}={given[name]}. "
+                    f"Leave `{name}` out for one budget, `ratio` for loss rows and evidence rows."
+                )
+        for name, scores in READ_BY.items():
+            if name in given and self.score not in scores:
+                raise ValueError(
+                    f"{name}={given[name]!r} has no effect with score={self.score!r}. Leave it out, or use a score "
+                    f"that reads it: {list(scores)}."
+                )
+        if self.score in OF_LABELS and self.ratio is None and self.context not in (0, 1):
+            raise ValueError(
+                f"score={self.score!r} says nothing of positions without a label, so it cannot choose evidence rows. "
+                "Set context=0 to do without them, ratio= for one budget over all positions, or another score, such "
+                "as 'evidence'."
+            )
 
     def _check_budget(self) -> None:
         if self.budget_gib is None:
@@ -127,11 +163,11 @@ class SeekConfig(MethodConfig):
 
     def resolved(self, trained_share: float = 1.0) -> "SeekConfig":
         """
-        The same with a number for `context`.
+        The same with a number for `context`, unless `ratio` takes its place.
 
         Args:
             trained_share (`float`, *optional*, defaults to 1.0): share of the model's weights that is trained.
         """
-        if self.context is not None:
+        if self.context is not None or self.ratio is not None:
             return self
         return replace(self, context=CONTEXT if trained_share >= SMALL_ADAPTER else CONTEXT_OF_ADAPTERS)

@@ -1,8 +1,9 @@
 """What TokenSeek did, as numbers: collected on the device, read when logged."""
 
+import math
+import statistics
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .batch import IGNORE, Batch, Sizes
@@ -50,8 +51,9 @@ class SeekMetrics:
 
     Keys: `seek/selected_share` (selected rows / rows computed without TokenSeek), `seek/labelled_share` (labelled /
     real positions), `seek/evidence_mass` (share of the collected attention mass on unlabelled positions that the kept
-    ones hold), `seek/mean_position` (mean relative position of the kept unlabelled rows), `seek/plain_share` (share of
-    micro-batches trained plainly), `seek/gradient_cosine` and `seek/gradient_norm_ratio` (where probed).
+    ones hold), `seek/mean_position` (mean place of the kept unlabelled rows, from 0 for a sequence's first real token
+    to 1 for its last; missing where none was kept), `seek/plain_share` (share of micro-batches trained plainly),
+    `seek/gradient_cosine` and `seek/gradient_norm_ratio` (where probed).
     """
 
     def __init__(self):
@@ -70,10 +72,12 @@ class SeekMetrics:
         if done.plainly:
             return
         kept = done.selection.kinds(n) != DITCHED
-        unlabelled = ((batch.targets == IGNORE) & (batch.segments >= 0)).float()
+        real = batch.segments >= 0
+        unlabelled = ((batch.targets == IGNORE) & real).float()
         evidence = kept * unlabelled
-        places = torch.arange(n, device=kept.device) / max(1, n - 1)
-        self._add("seek/mean_position", (evidence * places).sum() / evidence.sum().clamp(min=1))
+        places = (real.cumsum(1) - 1) / (real.sum(1, keepdim=True) - 1).clamp(min=1)
+        # 0 / 0 without evidence rows, which is not read
+        self._add("seek/mean_position", (evidence * places).sum() / evidence.sum())
         if done.scouted is not None and done.scouted.mass is not None:
             mass = done.scouted.mass
             total = (mass * unlabelled).sum().clamp(min=1e-12)
@@ -86,13 +90,15 @@ class SeekMetrics:
 
     def read(self, reset: bool = True) -> dict[str, float]:
         """Means since the last call with `reset`; waits for the device."""
-        values = self._values
+        values = {name: [float(v) for v in found] for name, found in self._values.items()}
         if reset:
             self._values = {}
-        return {name: sum(float(v) for v in found) / len(found) for name, found in values.items()}
+        # a micro-batch without a number does not count
+        numbers = {name: [v for v in found if not math.isnan(v)] for name, found in values.items()}
+        return {name: statistics.fmean(found) for name, found in numbers.items() if found}
 
     def describe(self) -> list[str]:
-        """Lines on the last micro-batch: shares, predicted cost and memory."""
+        """Lines on the last micro-batch: shares, predicted cost and memory; and whether TokenSeek does not fit."""
         if self.last is None:
             return []
         sizes, n, cost = self.last.sizes, self.last.n, self.last.cost
@@ -103,18 +109,20 @@ class SeekMetrics:
         ]
         if self.last.plainly:
             even = f"breaks even at k/n = {cost.break_even:.0%}"
-            return [*lines, f"  trained plainly: so many rows would be selected that scouting cannot pay ({even})"]
-        kept_mib = self.last.kept_bytes / 2**20
-        return [
-            *lines,
-            f"  cost        {cost.seek(share):.2f} forwards predicted, plain {cost.plain:.2f}"
-            f" (breaks even at k/n = {cost.break_even:.0%})",
-            f"  memory      {share:.1%} of the activations + {kept_mib:.1f} MiB of scouted keys and values",
-        ]
+            lines.append(f"  trained plainly: so many rows would be selected that scouting cannot pay ({even})")
+        else:
+            kept_mib = self.last.kept_bytes / 2**20
+            lines += [
+                f"  cost        {cost.seek(share):.2f} forwards predicted, plain {cost.plain:.2f}"
+                f" (breaks even at k/n = {cost.break_even:.0%})",
+                f"  memory      {share:.1%} of the activations + {kept_mib:.1f} MiB of scouted keys and values",
+            ]
+        misfit = self.misfit()
+        return lines if misfit is None else [*lines, misfit]
 
     def misfit(self) -> str | None:
         """A plain word to the user if most micro-batches were trained plainly."""
-        if self.total < 10 or self.plain_total <= self.total / 2:
+        if self.plain_total <= self.total / 2:
             return None
         return (
             f"TokenSeek does not fit this data: {self.plain_total} of {self.total} micro-batches have so many "

@@ -10,7 +10,7 @@ from tokenseek_kernels import HeadStatistics
 
 from .batch import Batch
 from .config import SeekConfig
-from .select import descending_ranks, real_rows
+from .select import real_rows
 
 
 @dataclass
@@ -103,10 +103,15 @@ def _paper(scouted, batch, config, generator):
 
 
 def _ranked(values: Tensor, batch: Batch) -> Tensor:
-    """1 for the largest real value of a sequence, down to 1 / n_real."""
+    """
+    1 for the largest real value of a sequence, down to 1 / n_real. Equal values rank alike: where a term says nothing,
+    as the gradient of positions without a label, it decides nothing.
+    """
     real = batch.segments >= 0
+    values = values.masked_fill(~real, float("-inf"))
+    larger = values.shape[1] - torch.searchsorted(values.sort(1).values, values, right=True)
     count = real.sum(1, keepdim=True).clamp(min=1)
-    return (count - descending_ranks(values.masked_fill(~real, float("-inf")))) / count
+    return (count - larger) / count
 
 
 def _standardised(values: Tensor, batch: Batch) -> Tensor:

@@ -122,10 +122,15 @@ def test_with_seek_it_selects_among_the_kept_tokens(kind, methods):
     assert_step_of_kept_tokens(KINDS[kind], whole, kept)
 
 
-@pytest.mark.parametrize("score", ["context", "gradient", "loss", "recent"])
+@pytest.mark.parametrize("score", ["context", "recent"])
 def test_with_any_score_of_seek(score):
     whole, kept = ({"seek": seek(6 / (n - ANSWER), score=score)} for n in (N, N // 2))
     assert_step_of_kept_tokens(llama, whole, kept)
+
+
+@pytest.mark.parametrize("score", ["gradient", "loss"])
+def test_with_scores_of_labels(score):
+    assert_step_of_kept_tokens(llama, {"seek": seek(0.0, labelled=0.5, score=score)})
 
 
 @pytest.mark.parametrize("layout", ["whole", "left", "right", "packed"])

@@ -3,35 +3,42 @@ import re
 from dataclasses import asdict, fields
 
 import pytest
+import torch
 
 from hf_tokenseek.seek import SeekConfig
-from hf_tokenseek.seek.config import CONTEXT_BIASES, GRADIENT_NORMS, MIXES, SCORES
-from hf_tokenseek.seek.scores import SCORE_FUNCTIONS
+from hf_tokenseek.seek.batch import prepare
+from hf_tokenseek.seek.config import CONTEXT_BIASES, GRADIENT_NORMS, MIXES, READ_BY, SCORES
+from hf_tokenseek.seek.scores import SCORE_FUNCTIONS, Scouted
+from tokenseek_kernels import HeadStatistics
 
-EVERYTHING = {
-    "context": 0.2,
-    "labelled": 0.5,
-    "ratio": "auto",
-    "budget_gib": 7.5,
-    "score": "hybrid",
-    "alpha": 0.7,
-    "beta": 0.0,
-    "mix": "zscore",
-    "gradient_norm": "l1",
-    "context_bias": "count",
-    "temperature": 1.0,
-    "evidence_queries": 7,
-    "plain_fallback": False,
-    "probe_steps": 50,
-    "seed": 3,
-}
+# every field once, none of them without effect
+WRITTEN = [
+    {"context": 0.2, "labelled": 0.5, "evidence_queries": 7, "plain_fallback": False, "probe_steps": 50},
+    {"ratio": "auto", "budget_gib": 7.5, "score": "hybrid", "alpha": 0.7, "beta": 0.0, "mix": "zscore"},
+    {"score": "paper", "gradient_norm": "l1", "context_bias": "count", "temperature": 1.0, "seed": 3},
+]
+
+
+OTHER = {"alpha": 0.3, "beta": 0.3, "mix": "zscore", "gradient_norm": "signed", "context_bias": "harmonic"}
+
+
+def scores_of(config):
+    """The scores of five positions about which everything is known."""
+    ids, generator = torch.zeros(1, 5, dtype=torch.long), torch.Generator().manual_seed(0)
+    mass, norm = torch.rand(2, 1, 5, generator=generator)
+    gradient = torch.randn(1, 5, 4, generator=generator)
+    scouted = Scouted(mass, HeadStatistics(norm, norm, norm), gradient)
+    return SCORE_FUNCTIONS[config.score].compute(scouted, prepare(config, ids, ids), config, generator)
 
 
 def test_all_ways_of_writing_it_agree():
-    assert set(EVERYTHING) == {field.name for field in fields(SeekConfig)}
-    config = SeekConfig(**EVERYTHING)
-    for written in (config, EVERYTHING, json.dumps(EVERYTHING), asdict(config)):
-        assert SeekConfig.parse(written) == config
+    assert set().union(*WRITTEN) == {field.name for field in fields(SeekConfig)}
+    for values in WRITTEN:
+        config = SeekConfig(**values)
+        for written in (config, values, json.dumps(values), asdict(config)):
+            assert SeekConfig.parse(written) == config
+        # what a model card holds
+        assert SeekConfig.parse(asdict(config.resolved())) == config.resolved()
     assert SeekConfig.parse({}) == SeekConfig.parse("{}") == SeekConfig()
 
 
@@ -99,6 +106,44 @@ def test_a_budget_is_one_of_the_automatic_ratio():
     for value in (0, -1, float("nan")):
         with pytest.raises(ValueError, match="`budget_gib` should be more than 0"):
             SeekConfig(ratio="auto", budget_gib=value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ratio": 0.1, "context": 0.5}, "ratio=0.1 is one budget.*context=0.5. Leave `context` out"),
+        ({"ratio": 0.1, "labelled": 0.5}, "ratio=0.1 is one budget.*labelled=0.5. Leave `labelled` out"),
+        ({"ratio": "auto", "context": 0.1}, "ratio='auto' is one budget.*context=0.1"),
+        ({"alpha": 3.0}, r"alpha=3.0 has no effect with score='evidence'.*\['hybrid', 'paper'\]"),
+        ({"beta": 0.5, "score": "context"}, "beta=0.5 has no effect with score='context'"),
+        ({"mix": "zscore", "score": "paper"}, r"mix='zscore' has no effect with score='paper'.*\['hybrid'\]"),
+        ({"gradient_norm": "l1", "score": "hybrid"}, "gradient_norm='l1' has no effect with score='hybrid'"),
+        ({"context_bias": "count"}, "context_bias='count' has no effect with score='evidence'"),
+        ({"evidence_queries": 3, "score": "context"}, "evidence_queries=3 has no effect with score='context'"),
+        ({"score": "loss"}, "score='loss' says nothing of .*context=0 .*ratio=.*'evidence'"),
+        ({"score": "gradient", "context": 0.3, "labelled": 0.5}, "score='gradient' says nothing of"),
+    ],
+    ids=str,
+)
+def test_options_without_effect_are_refused_with_the_next_step(options, said):
+    with pytest.raises(ValueError, match=said):
+        SeekConfig(**options)
+
+
+@pytest.mark.parametrize("budget", [{"ratio": 0.1}, {"ratio": "auto"}, {"context": 0}, {"context": 1.0}], ids=str)
+@pytest.mark.parametrize("score", ["loss", "gradient"])
+def test_scores_of_labels_where_no_evidence_is_to_be_chosen(score, budget):
+    assert SeekConfig(score=score, **budget).resolved(0.01).context == budget.get("context")
+
+
+@pytest.mark.parametrize(("option", "other"), OTHER.items())
+@pytest.mark.parametrize("score", SCORES)
+def test_a_score_reads_an_option_where_the_config_says_so(score, option, other):
+    """Another value, set behind the config's back, makes other scores there and nowhere else."""
+    config = SeekConfig(score=score, ratio=0.5)
+    own = scores_of(config)
+    setattr(config, option, other)
+    assert torch.equal(own, scores_of(config)) == (score not in READ_BY[option])
 
 
 def test_every_score_of_the_config_exists():

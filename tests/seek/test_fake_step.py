@@ -4,13 +4,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_tokenseek import SeekConfig, attach
 from hf_tokenseek.seek.batch import Sizes
-from hf_tokenseek.seek.config import SCORES
+from tests.seek.budgets import scored
 
 N = 24
 
 
-@pytest.mark.parametrize("options", [{}, {"ratio": 0.2}, {"labelled": 0.5, "temperature": 1.0}], ids=str)
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(
+    ("score", "options"), scored([{}, {"context": 0.0}, {"ratio": 0.2}, {"labelled": 0.5, "temperature": 1.0}])
+)
 def test_a_whole_step_reads_nothing_back_from_the_device(tiny_llama, score, options):
     """Fake tensors have no values: whatever waits for one raises. Only the sizes are given."""
     config = SeekConfig(score=score, **options)

@@ -11,10 +11,10 @@ from hf_tokenseek.seek.select import Selection
 N = 11
 
 
-def observe(metrics, plainly=False, mass=True):
+def observe(metrics, plainly=False, mass=True, evidence=True):
     """
     Two sequences, the second with a token of padding at its end. Labels are predicted at 8 and 9, and at 8; evidence
-    are the rows 2 and 5, and 0.
+    are the rows 2 and 5, and 0, or none.
     """
     ids, mask = torch.zeros(2, N, dtype=torch.long), torch.ones(2, N, dtype=torch.long)
     mask[1, 10] = 0
@@ -22,7 +22,7 @@ def observe(metrics, plainly=False, mass=True):
     labels[0, 9:], labels[1, 9] = 1, 1
     batch = prepare(SeekConfig(), ids, labels, mask)
     batch.sizes.evidence = [2, 1]
-    rows = torch.tensor([[2, 5, 8, 9], [0, 8, -1, -1]])
+    rows = torch.tensor([[2, 5, 8, 9], [0, 8, -1, -1]] if evidence else [[8, 9], [8, -1]])
     received = torch.arange(1.0, 2 * N + 1).view(2, N) if mass else None
     selection = Selection(rows, torch.zeros_like(rows), torch.ones(rows.shape))
     metrics.observe(batch, Trained(torch.tensor(1.0), selection, Scouted(received), None, 1024, plainly), Cost(3.0))
@@ -65,17 +65,46 @@ def test_a_score_without_mass_has_no_evidence_mass():
     assert "seek/evidence_mass" not in metrics.read()
 
 
-def test_misfit_needs_ten_micro_batches_and_a_plain_majority():
+@pytest.mark.parametrize("padding", [(0, 0), (0, 30), (30, 0), (7, 5)], ids=str)
+def test_places_are_those_among_real_tokens(padding):
+    """Rows 2 and 5 of 11 tokens, wherever padding stands."""
+    left, right = padding
+    ids = torch.zeros(1, N, dtype=torch.long)
+    labels = torch.full((1, N), -100)
+    labels[0, 9] = 1
+    tokens, mask, labels = (
+        torch.nn.functional.pad(part, padding, value=fill)
+        for part, fill in ((ids, 0), (torch.ones_like(ids), 0), (labels, -100))
+    )
+    batch = prepare(SeekConfig(), tokens, labels, mask)
+    rows = torch.tensor([[2, 5, 8]]) + left
+    metrics, selection = SeekMetrics(), Selection(rows, batch.targets.gather(1, rows), torch.ones(1, 3))
+    metrics.observe(batch, Trained(torch.tensor(1.0), selection), Cost(3.0))
+    assert metrics.read()["seek/mean_position"] == pytest.approx((0.2 + 0.5) / 2)
+
+
+def test_no_place_where_there_is_no_evidence():
+    """Such micro-batches neither count as the first place nor spoil the others."""
     metrics = SeekMetrics()
+    observe(metrics, evidence=False)
+    assert "seek/mean_position" not in metrics.read(reset=False)
+    observe(metrics)
+    assert metrics.read()["seek/mean_position"] == pytest.approx((0.2 + 0.5 + 0.0) / 3)
+
+
+def test_misfit_is_a_plain_majority():
+    metrics = SeekMetrics()
+    assert metrics.misfit() is None
     for _ in range(5):
         observe(metrics)
-    for plain in range(5):
+    for _ in range(5):
         assert metrics.misfit() is None
         observe(metrics, plainly=True)
-        assert metrics.total == 6 + plain
     assert metrics.misfit() is None  # five of ten
+    assert "does not fit" not in "\n".join(metrics.describe())
     observe(metrics, plainly=True)
     assert "6 of 11 micro-batches" in metrics.misfit() and "gradient checkpointing" in metrics.misfit()
+    assert metrics.describe()[-1] == metrics.misfit()
 
 
 def test_description():

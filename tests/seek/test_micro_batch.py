@@ -3,7 +3,7 @@ import torch
 
 from hf_tokenseek import SeekConfig, attach
 from hf_tokenseek.seek.batch import IGNORE, prepare
-from hf_tokenseek.seek.config import SCORES
+from tests.seek.budgets import scored
 from tests.seek.naive import naive_loss
 
 N = 24
@@ -56,11 +56,10 @@ def test_everything_selected_is_plain_training(tiny_llama, config):
     assert_same(found, plain(tiny_llama(), inputs))
 
 
-@pytest.mark.parametrize("budget", [{}, {"ratio": 0.3}, {"labelled": 0.5, "context": 0.0}], ids=str)
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(("score", "budget"), scored([{}, {"ratio": 0.3}, {"labelled": 0.5, "context": 0.0}]))
 @pytest.mark.parametrize("make", [make_inputs, make_packed])
 def test_gradient_is_that_of_the_plain_model_with_detached_rows(tiny_llama, make, score, budget):
-    """Identity 2, for whatever was selected; kept losses stand for all losses of their sequence."""
+    """Identities 2 and 6, for whatever was selected; kept losses stand for all losses of their sequence."""
     model, inputs = tiny_llama(), make()
     config = SeekConfig(**budget, score=score, plain_fallback=False)
     found = train(model, config, inputs)
@@ -127,9 +126,9 @@ def test_packed_documents_equal_their_own_sequences(tiny_llama):
     assert_same(train(model, config, {**packed, "cu_seq_lens_q": limits, "max_length_q": N - 9}), sums)
 
 
-@pytest.mark.parametrize("budget", [*BUDGETS, {"context": 1.0}], ids=str)
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(("score", "budget"), scored([*BUDGETS, {"context": 1.0}]))
 def test_without_labels_the_loss_is_zero_and_connected(tiny_llama, score, budget):
+    """Identity 6."""
     model = tiny_llama()
     inputs = make_inputs()
     inputs["labels"] = torch.full_like(inputs["labels"], IGNORE)
@@ -142,8 +141,16 @@ def test_without_labels_the_loss_is_zero_and_connected(tiny_llama, score, budget
         assert parameter.grad is not None and (parameter.grad == 0).all(), name
 
 
-@pytest.mark.parametrize("budget", BUDGETS, ids=str)
-@pytest.mark.parametrize("score", SCORES)
+def test_rows_without_a_label_give_a_loss_of_zero(tiny_llama):
+    """Identity 6: there are labels, and the most recent rows have none of them."""
+    model, inputs = tiny_llama(), make_inputs()
+    inputs["labels"] = inputs["input_ids"].masked_fill(torch.arange(N) > 10, IGNORE)
+    loss, gradients, rows = train(model, SeekConfig(ratio=0.2, score="recent"), inputs)
+    assert (inputs["labels"] != IGNORE).any() and rows[rows >= 0].min() > 10
+    assert loss == 0 and all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize(("score", "budget"), scored(BUDGETS))
 def test_a_sequence_of_padding_adds_nothing(tiny_llama, score, budget):
     inputs = make_inputs()
     inputs["attention_mask"][1] = 0
@@ -166,7 +173,7 @@ def test_where_selection_cannot_pay_training_is_plain(tiny_llama, budget):
         loss = model(**inputs).loss
         found = loss.detach(), torch.autograd.grad(loss, list(model.parameters()))
         assert handle.seek.metrics.read()["seek/plain_share"] == 1
-        assert "trained plainly" in handle.report()
+        assert "trained plainly" in handle.report() and "TokenSeek does not fit this data" in handle.report()
     assert_same(found, plain(tiny_llama(), inputs))
     for rows, mask in zip(handle.selection, inputs["attention_mask"], strict=True):
         real = mask.nonzero().flatten().tolist()

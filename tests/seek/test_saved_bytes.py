@@ -82,7 +82,7 @@ def test_scouting_leaves_nothing_behind(tiny_llama, score):
     ids = torch.randint(0, 128, (1, 40), generator=torch.Generator().manual_seed(0))
     labels = ids.masked_fill(torch.arange(40) < 30, -100)
     for name in (score, "recent"):
-        with attach(model, seek=SeekConfig(score=name)), SavedActivations(model) as counted:
+        with attach(model, seek=SeekConfig(score=name, ratio=0.4)), SavedActivations(model) as counted:
             loss = model(input_ids=ids, labels=labels).loss
             sizes.add(counted.bytes)
         del loss

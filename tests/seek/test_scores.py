@@ -185,9 +185,23 @@ def hand_made(**options):
 
 def test_hybrid_by_ranks():
     score = hand_made(score="hybrid", alpha=2.0, beta=10.0)[0]
-    # four real positions: best 1, then 3/4, 1/2, 1/4; among equals the lower index is the better
+    # four real positions: best 1, then 3/4, 1/2, 1/4; equals rank alike
     torch.testing.assert_close(score[0, 1:], torch.tensor([2 * 1 + 2.5, 0.5 + 10, 1 + 7.5, 1.5 + 5.0]))
-    torch.testing.assert_close(score[1], torch.tensor([1.6 + 10, 0.4 + 8, 1.2 + 6, 2 + 4, 0.8 + 2.0]))
+    torch.testing.assert_close(score[1], torch.tensor([1.6, 0.4, 1.2, 2.0, 1.2]) + 10)
+
+
+@pytest.mark.parametrize("mix", ["rank", "zscore"])
+def test_hybrid_goes_by_attention_where_no_position_has_a_label(tiny_llama, mix):
+    """Their gradients are all zero, which says nothing about which of them matters."""
+    model, inputs = tiny_llama(), make_inputs("whole")
+    inputs["labels"] = inputs["labels"].masked_fill(torch.arange(N) < N - 4, IGNORE)
+    batch, found = read(inputs), scout(model, inputs, "hybrid")
+    # causal attention favours early positions, and so would a rank among equals
+    found.mass = found.mass.flip(1)
+    score = SCORE_FUNCTIONS["hybrid"].compute(found, batch, SeekConfig(score="hybrid", mix=mix), None)
+    for own, mass, targets in zip(score, found.mass, batch.targets, strict=True):
+        free = targets == IGNORE
+        assert torch.equal(own[free].argsort(), mass[free].argsort())
 
 
 def test_hybrid_by_deviations():

@@ -5,6 +5,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 VOCABULARY = 200
 WINDOW = 16  # shorter than the sequences of the tests, so that it hides something
+# one of each kind of attention, tried in every combination
+REPRESENTATIVES = ("llama", "gemma2", "gpt_oss", "qwen3_moe", "deepseek_v3", "gpt2")
 
 # Taken by every config that knows the name.
 _SMALL = {

@@ -13,7 +13,7 @@ PACKED = {"padding_free": True, "max_length": None}
 SEEKS = {
     "stages": SELECTS,
     "half the labels": {**SELECTS, "labelled": 0.5},
-    "ratio": {**SELECTS, "ratio": 0.5, "score": "random"},
+    "ratio": {"ratio": 0.5, "score": "random", "plain_fallback": False},
 }
 
 

@@ -73,7 +73,9 @@ def test_none_is_a_stock_run(tiny_llama, tmp_path):
     assert not any(key.startswith("seek/") for entry in own.state.log_history for key in entry)
 
 
-@pytest.mark.parametrize("seek", [SELECTS, {**SELECTS, "ratio": 0.3, "score": "random"}], ids=["stages", "ratio"])
+@pytest.mark.parametrize(
+    "seek", [SELECTS, {"ratio": 0.3, "score": "random", "plain_fallback": False}], ids=["stages", "ratio"]
+)
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_callback_in_the_stock_trainer_is_the_same_training(tiny_llama, tmp_path, seek, bf16):
     own = run(tiny_llama(), arguments(tmp_path, seek, bf16=bf16))
@@ -131,7 +133,7 @@ def test_model_is_given_back(tiny_llama, tmp_path):
 
 def test_training_twice_and_resuming_go_on(tiny_llama, tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
-    seek = {**SELECTS, "ratio": 0.4, "score": "random"}
+    seek = {"ratio": 0.4, "score": "random", "plain_fallback": False}
     whole = run(tiny_llama(), arguments(tmp_path, seek, **options))
     resumed = trainer(tiny_llama(), arguments(tmp_path, seek, **options))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
