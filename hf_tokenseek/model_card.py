@@ -6,8 +6,11 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
+from transformers.utils import logging
 
 from . import __version__
+
+logger = logging.get_logger(__name__)
 
 TAG = "tokenseek"
 START, END = "<!-- hf_tokenseek: start -->", "<!-- hf_tokenseek: end -->"
@@ -22,11 +25,18 @@ def write_model_card(folder: str | Path, model: nn.Module, methods: dict) -> Non
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): the trained model, for the name of its base.
         methods (`dict`): each method's configuration, `None` or `False` where it was off.
     """
-    file = Path(folder) / "README.md"
+    try:
+        _write(Path(folder) / "README.md", model, methods)
+    # whatever stands in a card: it must not cost what is saved behind it
+    except Exception as error:
+        logger.warning(f"The model card in {str(folder)!r} does not say how the model was trained: {error}")
+
+
+def _write(file: Path, model: nn.Module, methods: dict) -> None:
     if file.is_file():
         card = ModelCard.load(file, ignore_metadata_errors=True)
     else:
-        name = Path(folder).resolve().name
+        name = file.resolve().parent.name
         card = ModelCard(f"---\n{_metadata(model).to_yaml()}\n---\n\n# {name}\n")
     card.data.tags = sorted({*(card.data.tags or []), TAG})
     before, _, rest = card.text.partition(START)

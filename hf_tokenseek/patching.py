@@ -1,16 +1,19 @@
 """What was swapped where, and how to take it back: [`attach`] and its handle."""
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial, update_wrapper
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .families import check_family
+
+logger = logging.get_logger(__name__)
 
 
 def find_causal_lm(model: nn.Module) -> nn.Module:
@@ -59,6 +62,17 @@ def evaluating(model: nn.Module):
     finally:
         for module in training:
             vars(module)["training"] = True
+
+
+def trains(model: nn.Module) -> bool:
+    """Whether a forward pass is one of training; says once where a method does nothing because of the model's mode."""
+    if model.training or not torch.is_grad_enabled():
+        return model.training and torch.is_grad_enabled()
+    logger.warning_once(
+        f"{type(model).__name__} computes plainly in evaluation mode, as `from_pretrained` returns it: methods act "
+        "while a model trains. Call model.train(), or torch.no_grad() if this is no training."
+    )
+    return False
 
 
 @contextmanager
@@ -150,7 +164,7 @@ class PatchedForward:
                 return self.run(original, args, kwargs)
             return original(*args, **kwargs)
 
-        functools.update_wrapper(forward, _function_of(original))
+        update_wrapper(forward, _function_of(original))
         signature = inspect.signature(original)
         own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])
@@ -160,7 +174,7 @@ class PatchedForward:
     def _original(self, module: nn.Module) -> Callable:
         if self.before is None:
             # of whatever class it has now: FSDP2 gives a layer another one, and only that one's forward checkpoints
-            return functools.partial(type(module).forward, module)
+            return partial(type(module).forward, module)
         bound = getattr(self.before, "__self__", None) is self.model
         return MethodType(self.before.__func__, module) if bound else self.before
 

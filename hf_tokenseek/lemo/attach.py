@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..forwarding import named_inputs
-from ..patching import PatchedForward, find_causal_lm, find_layers, is_reached, patched_by
+from ..patching import PatchedForward, find_causal_lm, find_layers, is_reached, patched_by, trains
 from ..seek.attach import SeekHandle
 from ..seek.attention import leave_attention, use_attention
 from ..seek.batch import IGNORE
@@ -158,7 +158,7 @@ class LemoHandle:
         self._patch = PatchedForward(self.model, self._forward, when=self._is_wanted)
 
     def _is_wanted(self) -> bool:
-        return self._always or (self.model.training and torch.is_grad_enabled())
+        return self._always or trains(self.model)
 
     def _is_with_seek(self) -> bool:
         """Whether TokenSeek computes the loss, and selects among what every layer keeps."""

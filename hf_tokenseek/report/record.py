@@ -98,6 +98,7 @@ def read_run(folder: str | Path, name: str | None = None) -> RunRecord:
 
     Raises:
         FileNotFoundError: the folder has neither file.
+        ValueError: what is there is not what it should be.
     """
     folder = Path(folder)
     found = RunRecord(name or folder.resolve().name)
@@ -105,13 +106,28 @@ def read_run(folder: str | Path, name: str | None = None) -> RunRecord:
         for event in read_events(folder / RECORD):
             found.add(event)
     elif (folder / STATE).is_file():
-        found.logs = json.loads((folder / STATE).read_text(encoding="utf-8"))["log_history"]
+        found.logs = read_logs(folder / STATE)
     else:
         raise FileNotFoundError(
             f"{str(folder)!r} has neither {RECORD} (which ReportCallback writes) nor {STATE} (Trainer.save_state and "
             "every checkpoint). Name the output_dir of a run."
         )
     return found
+
+
+def read_logs(file: Path) -> list[dict]:
+    """
+    The Trainer's own log.
+
+    Raises:
+        ValueError: the file is no JSON, or has no log in it.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["log_history"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(file)!r} is no state of a Trainer with a `log_history`: {error!r}. Name the output_dir of a run."
+        ) from error
 
 
 def read_events(file: Path) -> list[Event]:

@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..forwarding import autocast, mixed_precision, named_inputs
 from ..parameters import trained_share
-from ..patching import PatchedForward, find_causal_lm, leads_to, patched_by
+from ..patching import PatchedForward, find_causal_lm, leads_to, patched_by, trains
 from .adapters import check_adapters
 from .attention import leave_attention, original_attention, use_attention
 from .batch import Batch, Sizes
@@ -145,7 +146,7 @@ class SeekHandle:
         return "\n".join([self.swapped(), *self.metrics.describe()])
 
     def _patch_forward(self) -> None:
-        self.patch = PatchedForward(self.model, self._train_forward)
+        self.patch = PatchedForward(self.model, self._train_forward, when=partial(trains, self.model))
         self.autocast = mixed_precision(self.model)
 
     # a compiled model trains the same, this forward uncompiled

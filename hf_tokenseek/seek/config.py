@@ -46,7 +46,8 @@ class SeekConfig(MethodConfig):
             Share of the labelled positions to keep as loss rows, in (0, 1]. Below 1 the loss of a sequence is the mean
             over its kept rows, weighted as if all were there.
         ratio (`float` or `"auto"`, *optional*):
-            One budget over all real positions, in (0, 1], in place of `context` and `labelled`. `"auto"` is, in a
+            One budget over all real positions, in (0, 1], in place of `context` and `labelled`; by the score
+            `"evidence"` labelled ones come first, by others a sequence may lose all of its labels. `"auto"` is, in a
             trainer, the largest one with which a step of the longest sequences fits into `budget_gib`; it is found
             when training starts, by simulating steps (some seconds each for a model of 32 layers).
         budget_gib (`float`, *optional*):

@@ -50,10 +50,11 @@ class SeekMetrics:
     Collects the selection statistics of micro-batches until [`read`] is called.
 
     Keys: `seek/selected_share` (selected rows / rows computed without TokenSeek), `seek/labelled_share` (labelled /
-    real positions), `seek/evidence_mass` (share of the collected attention mass on unlabelled positions that the kept
-    ones hold), `seek/mean_position` (mean place of the kept unlabelled rows, from 0 for a sequence's first real token
-    to 1 for its last; missing where none was kept), `seek/plain_share` (share of micro-batches trained plainly),
-    `seek/gradient_cosine` and `seek/gradient_norm_ratio` (where probed).
+    real positions), `seek/kept_labels` (share of the labelled positions whose loss is trained), `seek/evidence_mass`
+    (share of the collected attention mass on unlabelled positions that the kept ones hold), `seek/mean_position` (mean
+    place of the kept unlabelled rows, from 0 for a sequence's first real token to 1 for its last; missing where none
+    was kept), `seek/plain_share` (share of micro-batches trained plainly), `seek/gradient_cosine` and
+    `seek/gradient_norm_ratio` (where probed).
     """
 
     def __init__(self):
@@ -64,13 +65,16 @@ class SeekMetrics:
     def observe(self, batch: Batch, done: Trained, cost: Cost) -> None:
         """Adds one micro-batch; waits for no device."""
         sizes, n = batch.sizes, batch.shape[1]
-        self.total, self.plain_total = self.total + 1, self.plain_total + done.plainly
+        # whoever asks for everything gets what was asked for
+        unasked = done.plainly and sum(sizes.loss) + sum(sizes.evidence) < sum(sizes.real)
+        self.total, self.plain_total = self.total + 1, self.plain_total + unasked
         self.last = Summary(sizes, n, done.kept_bytes, done.plainly, cost)
         self._add("seek/selected_share", 1.0 if done.plainly else sizes.rows / n)
         self._add("seek/labelled_share", sum(sizes.labelled) / max(1, sum(sizes.real)))
         self._add("seek/plain_share", float(done.plainly))
         if done.plainly:
             return
+        self._add("seek/kept_labels", (done.selection.targets != IGNORE).sum() / max(1, sum(sizes.labelled)))
         kept = done.selection.kinds(n) != DITCHED
         real = batch.segments >= 0
         unlabelled = ((batch.targets == IGNORE) & real).float()

@@ -44,14 +44,16 @@ def select(scores: Tensor, batch: Batch, config: SeekConfig, generator: torch.Ge
         batch ([`Batch`]):
             The micro-batch with the sizes of the selection.
         config ([`SeekConfig`]):
-            `ratio` decides between one and two stages, `temperature` makes the choice stochastic.
+            With `ratio` one budget is spent on all positions, by the score `"evidence"` on labelled ones first;
+            without, loss rows and evidence rows have budgets of their own. `temperature` makes the choice stochastic.
         generator (`torch.Generator`, *optional*):
             CPU generator of the stochastic choice.
     """
     real, labelled = batch.segments >= 0, batch.targets != IGNORE
     keys, inclusion = _sampling_keys(scores, config, generator)
     loss_sizes, evidence_sizes = (_column(s, scores) for s in (batch.sizes.loss, batch.sizes.evidence))
-    if config.ratio is not None:
+    # evidence is of labels: without them there is nothing to train
+    if config.ratio is not None and config.score != "evidence":
         budget = loss_sizes + evidence_sizes
         chosen = _top(keys, real, budget)
         is_loss = chosen & labelled

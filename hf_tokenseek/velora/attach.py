@@ -4,12 +4,13 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..lean.adapters import is_lora
-from ..patching import PatchedForward, find_causal_lm, is_reached
+from ..patching import PatchedForward, find_causal_lm, is_reached, trains
 from ..seeds import mixed_seed
 from ..seek.attach import SeekHandle
 from .calibration import mean_inputs
@@ -61,7 +62,7 @@ class VeloraHandle:
         for compressed in self.inputs.values():
             self._swap(compressed)
         self.signature = inspect.signature(self.model.forward)
-        self._patch = PatchedForward(self.model, self._train_forward)
+        self._patch = PatchedForward(self.model, self._train_forward, when=partial(trains, self.model))
 
     def begin_step(self, step: int) -> None:
         """Tells which optimizer step the coming micro-batches belong to: it seeds all that is random."""
@@ -71,7 +72,7 @@ class VeloraHandle:
         """Goes around whatever has replaced the model's forward since: trl's fused head, or TokenSeek."""
         if not is_reached(self._patch, past=SeekHandle):
             self._patch.undo()
-            self._patch = PatchedForward(self.model, self._train_forward)
+            self._patch = PatchedForward(self.model, self._train_forward, when=partial(trains, self.model))
 
     def undo(self) -> None:
         """Gives the model its own layers back."""

@@ -232,3 +232,31 @@ def test_a_compiled_model_selects_too(tiny_llama):
         found = torch.compile(model, backend="eager")(**BATCH).loss
         assert torch.equal(handle.selection, rows)
         assert torch.equal(found, expected)
+
+
+def test_a_model_in_evaluation_mode_is_no_secret(monkeypatch):
+    """`from_pretrained` returns it so; TokenSeek acts in training."""
+    said = []
+    monkeypatch.setattr("hf_tokenseek.patching.logger.warning_once", said.append)
+    model = tiny_model("llama").eval()
+    with attach(model, seek=True) as handle:
+        with torch.no_grad():
+            model(**BATCH)
+        assert not said
+        model(**BATCH).loss.backward()
+        assert handle.selection is None
+    assert len(said) == 1 and "computes plainly in evaluation mode" in said[0] and "Call model.train()" in said[0]
+
+
+def test_a_budget_is_spent_on_labels_first():
+    """Labels at the end of long prompts get little attention themselves."""
+    model, labels = tiny_model("llama"), LABELS.masked_fill(torch.arange(20) < 17, -100)
+    with attach(model, seek={"ratio": 0.25}) as handle:
+        model(input_ids=IDS, labels=labels).loss.backward()
+        rows = handle.selection.tolist()
+        assert all({16, 17, 18} <= set(own) and len(own) == 5 for own in rows)
+        assert handle.seek.metrics.read()["seek/kept_labels"] == 1
+    with attach(model, seek={"ratio": 0.25, "score": "recent"}) as handle:
+        model(input_ids=IDS, labels=LABELS.masked_fill(torch.arange(20) > 16, -100)).loss.backward()
+        # the last five are 15 to 19; those that predict a label are 14 and 15
+        assert handle.seek.metrics.read()["seek/kept_labels"] == 0.5

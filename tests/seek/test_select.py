@@ -15,7 +15,7 @@ from tokenseek_kernels import HeadStatistics
 NAN, INF = math.nan, math.inf
 shares = st.sampled_from([0.0, 0.05, 0.1, 0.3, 0.5, 0.99, 1.0])
 budgets = st.fixed_dictionaries({"context": shares, "labelled": shares.filter(bool)}) | st.fixed_dictionaries(
-    {"ratio": shares.filter(bool)}
+    {"ratio": shares.filter(bool), "score": st.sampled_from(["evidence", "context"])}
 )
 
 
@@ -45,7 +45,7 @@ def select_by_hand(scores, batch, config):
         real = {i for i, s in enumerate(batch.segments[b].tolist()) if s >= 0}
         labelled = {i for i, t in enumerate(batch.targets[b].tolist()) if t != IGNORE}
         loss, evidence = batch.sizes.loss[b], batch.sizes.evidence[b]
-        if config.ratio is not None:
+        if config.ratio is not None and config.score != "evidence":
             rows = best(values, real, loss + evidence)
             yield rows & labelled, rows
         else:
@@ -85,7 +85,7 @@ def test_laws_hold_whatever_the_scores(problem, temperature, score):
         has_loss = selection.targets[b] != IGNORE
         assert torch.equal(selection.targets[b][has_loss], batch.targets[b, selection.rows[b][has_loss]])
         assert selection.weights[b][has_loss].isfinite().all() and (selection.weights[b][has_loss] > 0).all()
-        if config.ratio is None:
+        if config.ratio is None or config.score == "evidence":
             assert has_loss.sum() == batch.sizes.loss[b]
         if config.ratio is None and config.labelled == 1:
             assert set((batch.targets[b] != IGNORE).nonzero().flatten().tolist()) <= set(chosen)
