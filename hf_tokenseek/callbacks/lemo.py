@@ -72,7 +72,7 @@ class LemoCallback(MethodCallback):
 
 
 def predict(model: nn.Module, args: TrainingArguments, dataloader) -> str:
-    """What each layer will keep for the backward pass, with the LeMo on the model and without, in lines for the table."""
+    """What each layer will keep for the backward pass, with the model's LeMo and without, in lines for the table."""
     from ..memory.estimation import estimate_saved_layers
     from ..memory.run import attached_methods, config_of, largest_training
 

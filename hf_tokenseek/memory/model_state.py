@@ -1,4 +1,4 @@
-"""What a model at hand is beyond its configuration: all that it takes to build another one that keeps as many bytes."""
+"""What a model at hand is beyond its configuration: what it takes to build another one that keeps as many bytes."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -95,8 +95,7 @@ def checkpoints(model: nn.Module) -> bool:
         known = getattr(way, "func", None) is checkpoint and set(way.keywords) <= WITHOUT_BYTES
         if not (layer.gradient_checkpointing and known):
             raise ValueError(
-                "gradient checkpointing of some layers, offloaded, or with a context_fn cannot be simulated, only that "
-                "of whole layers."
+                "gradient checkpointing of some layers only, offloaded, or with a context_fn cannot be simulated."
             )
     return True
 
