@@ -46,6 +46,8 @@ def training_of(model: nn.Module, args: TrainingArguments, batch: int, seq: int)
     """
     if args.fsdp or args.deepspeed or _is_divided():
         raise ValueError("memory was divided among ranks. Run `hf-tokenseek fit` with --strategy and --ranks.")
+    if getattr(args, "activation_offloading", False):
+        raise ValueError("activation_offloading=True keeps activations elsewhere, which cannot be simulated.")
     if getattr(model, "is_loaded_in_8bit", False):
         raise ValueError("the weights are 8-bit ones of bitsandbytes; 4-bit ones can be simulated.")
     state = ModelState.of(model)
@@ -54,7 +56,7 @@ def training_of(model: nn.Module, args: TrainingArguments, batch: int, seq: int)
         batch=batch,
         labelled=1.0,
         # the Trainer turns it on when training begins, the user may have before
-        checkpointing=args.gradient_checkpointing or checkpoints(model),
+        checkpointing=checkpoints(model) or args.gradient_checkpointing,
         lora=None if state.adapter is None else state.adapter["r"],
         load_in_4bit=getattr(model, "is_loaded_in_4bit", False),
         optimizer=args.optim.value,

@@ -22,7 +22,7 @@ from hf_tokenseek import (
     VeloraCallback,
 )
 from hf_tokenseek.memory import MemoryTracker, affordable_ratio, estimate
-from hf_tokenseek.memory.run import attached_methods, config_of, training_of
+from hf_tokenseek.memory.run import attached_methods, config_of, simulated, training_of
 from tests.lemo.deep_lemo import llama
 from tests.lemo.tiny_lemo import lemo
 from tests.sft import tiny_sft
@@ -239,6 +239,7 @@ def two_adapters():
         (two_adapters, r"not one of LoRA, but \['LORA', 'LORA'\]"),
         (lambda: peft.get_peft_model(wide(), peft.IA3Config(task_type="CAUSAL_LM")), r"but \['IA3'\]"),
         (lambda: checkpointed(wide(), every_n_layers=2), "checkpointing of some layers only"),
+        (lambda: checkpointed(wide(), offload=True), "only, offloaded"),
         (
             lambda: checkpointed(wide(), gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": None}),
             "with a context_fn",
@@ -251,8 +252,15 @@ def test_what_is_not_described_is_said_and_not_predicted(tmp_path, model, said):
         estimate(config_of(model), training_of(model, arguments(tmp_path), ROWS, LENGTH))
 
 
-def test_a_trained_predictor_is_simulated_by_another_score():
-    from hf_tokenseek.memory.run import simulated
+def test_what_the_trainer_turns_on_is_seen_as_it_is(tmp_path, capsys):
+    some = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 2}}
+    step(tmp_path, wide, [LemoCallback(lemo())], **some)
+    assert "bytes of layers cannot be predicted: gradient checkpointing of some layers" in capsys.readouterr().out
+    args = tiny_sft.arguments(tmp_path, activation_offloading=True)
+    with pytest.raises(ValueError, match="activation_offloading=True keeps activations elsewhere"):
+        training_of(wide(), args, ROWS, LENGTH)
 
+
+def test_a_trained_predictor_is_simulated_by_another_score():
     trained = LemoConfig(keep=0.3, score="predictor", predictor="folder")
     assert simulated(trained) == LemoConfig(keep=0.3)
