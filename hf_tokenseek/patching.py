@@ -195,6 +195,12 @@ def patched_by(module: nn.Module, kind: type) -> Any:
     return None
 
 
+def hooked_by(module: nn.Module, kind: type) -> Any:
+    """The object of this kind whose method runs before the module's forward; `None` where there is none."""
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, kind)), None)
+
+
 def is_reached(patch: PatchedForward, past: type) -> bool:
     """Whether a call of the model comes to `patch`; an object of the kind `past` calls nothing of what it wraps."""
     owner = patched_by(patch.model, past)

@@ -8,9 +8,10 @@ venv=.venv-oldest
 constraints=(--constraint scripts/constraints-cpu.txt --constraint scripts/constraints-oldest.txt)
 ready=$venv/.ready-$(cat setup.cfg scripts/constraints-*.txt | cksum | tr ' ' -)
 if [[ ! -e $ready ]]; then
-    echo "[test] installing the oldest versions into $venv: once, a minute or two"
-    "${PYTHON:-python3}" -m venv --clear "$venv"
-    "$venv/bin/python" -m pip install --quiet --editable ".[trl,peft]" "${constraints[@]}" \
+    source scripts/setup_checks.sh
+    setup_make_venv "$PWD/$venv" 3
+    setup_say "installing the oldest versions into $venv: once, a minute or two"
+    setup_pip "$venv" "the oldest versions of hf_tokenseek's dependencies" --editable ".[trl,peft]" "${constraints[@]}" \
         hypothesis psutil pytest pytest-xdist
     touch "$ready"
 fi

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [".ci/run", *(f"scripts/{name}.sh" for name in ("demo", "setup_env", "test", "test_gpu", "test_oldest"))]
+SCRIPTS = [
+    ".ci/run",
+    *(f"scripts/{name}.sh" for name in ("demo", "setup_checks", "setup_env", "test", "test_gpu", "test_oldest")),
+]
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the scripts are for bash")
 
@@ -35,9 +38,19 @@ def fake(folder, name, script):
     (folder / name).chmod(0o755)
 
 
-def run_set_up(checkout, bare_path):
+# what makes an environment: its folder, and how many GiB it may take
+SET_UPS = {"source scripts/setup_env.sh demo": (".venv", 6), "bash scripts/test_oldest.sh": (".venv-oldest", 3)}
+
+
+@pytest.fixture(params=SET_UPS)
+def set_up(request):
+    """One of the commands that make an environment."""
+    return request.param
+
+
+def run_set_up(checkout, bare_path, command="source scripts/setup_env.sh demo"):
     return subprocess.run(
-        [shutil.which("bash"), "-c", "set -euo pipefail; source scripts/setup_env.sh demo; echo went on"],
+        [shutil.which("bash"), "-c", f"set -euo pipefail; {command}; echo went on"],
         cwd=checkout,
         env={**os.environ, "PATH": str(bare_path), "PYTHON": ""},
         capture_output=True,
@@ -60,29 +73,31 @@ def assert_ends_with_one_clear_line(run, *fragments):
         assert fragment in errors[0]
 
 
-def test_a_missing_python_is_said(checkout, bare_path):
-    assert_ends_with_one_clear_line(run_set_up(checkout, bare_path), "no python3.10 or newer", "PYTHON=")
+def test_a_missing_python_is_said(checkout, bare_path, set_up):
+    assert_ends_with_one_clear_line(run_set_up(checkout, bare_path, set_up), "no python3.10 or newer", "PYTHON=")
 
 
-def test_an_old_python_is_as_good_as_none(checkout, bare_path):
+def test_an_old_python_is_as_good_as_none(checkout, bare_path, set_up):
     fake(bare_path, "python3", "exit 1")
-    assert_ends_with_one_clear_line(run_set_up(checkout, bare_path), "no python3.10 or newer")
+    assert_ends_with_one_clear_line(run_set_up(checkout, bare_path, set_up), "no python3.10 or newer")
 
 
-def test_a_full_disk_is_said(checkout, bare_path):
+def test_a_full_disk_is_said(checkout, bare_path, set_up):
     fake(bare_path, "python3", "exit 0")
     (bare_path / "df").unlink()
     fake(bare_path, "df", "printf 'head\\n/dev/disk 9 8 1048576 99%% /\\n'")
-    assert_ends_with_one_clear_line(run_set_up(checkout, bare_path), "has 1024 MiB free", "up to 6 GiB")
+    assert_ends_with_one_clear_line(
+        run_set_up(checkout, bare_path, set_up), "has 1024 MiB free", f"up to {SET_UPS[set_up][1]} GiB"
+    )
 
 
-def test_an_unreachable_package_index_is_said(checkout, bare_path):
+def test_an_unreachable_package_index_is_said(checkout, bare_path, set_up):
     # stands for python3 and for the environment's own: everything works but installing
     fake(bare_path, "python3", 'case "$*" in *install*) exit 1;; esac; exit 0')
-    environment = checkout / ".venv" / "bin"
+    environment = checkout / SET_UPS[set_up][0] / "bin"
     environment.mkdir(parents=True)
     shutil.copy(bare_path / "python3", environment / "python")
-    assert_ends_with_one_clear_line(run_set_up(checkout, bare_path), "cannot reach its package index")
+    assert_ends_with_one_clear_line(run_set_up(checkout, bare_path, set_up), "cannot reach its package index")
 
 
 def test_a_ready_environment_is_reused_until_its_inputs_change(checkout, bare_path):

@@ -1,7 +1,7 @@
 """LeMo in any `Trainer`, as a callback."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import groupby
 
 from torch import nn
@@ -37,14 +37,24 @@ class LemoCallback(MethodCallback):
 
     config_type, handle_type = LemoConfig, LemoHandle
 
+    def __init__(self, config: LemoConfig | dict | bool | None = None):
+        super().__init__(config)
+        self._described = False
+
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
         refuse_arguments(args, self.config)
         self.attach(model)
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs) -> None:
-        super().on_train_begin(args, state, control, model=model, **kwargs)
-        if state.is_local_process_zero:
-            print(predict(self.config, model, args, train_dataloader), flush=True)
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self._described = False
+
+    def on_epoch_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs) -> None:
+        # not before: callbacks that come later attach when training begins; not after: some track steps
+        if not self._described and state.is_local_process_zero:
+            self.handle.resume()
+            print(predict(model, args, train_dataloader), flush=True)
+        self._described = True
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         # callbacks that come later have gone around trl's forward, or have attached TokenSeek, only now
@@ -61,26 +71,24 @@ class LemoCallback(MethodCallback):
         return {} if self.handle is None else self.handle.telemetry.read(reset)
 
 
-def predict(config: LemoConfig, model: nn.Module, args: TrainingArguments, dataloader) -> str:
-    """What each layer will keep for the backward pass, with LeMo and without, in lines for the table."""
+def predict(model: nn.Module, args: TrainingArguments, dataloader) -> str:
+    """What each layer will keep for the backward pass, with the model's LeMo and without, in lines for the table."""
     from ..memory.estimation import estimate_saved_layers
-    from ..memory.run import config_of, largest_training, methods_of
+    from ..memory.run import attached_methods, config_of, largest_training
 
-    # a trained predictor has real weights; any score keeps as much
-    simulated = config if config.predictor is None else replace(config, score="pooled", predictor=None)
     try:
         training = largest_training(model, args, dataloader.dataset, ROWS_READ)
-        plain = {name: value for name, value in methods_of(args).items() if name != "lemo"}
+        mine = attached_methods(model)
+        plain = {name: value for name, value in mine.items() if name != "lemo"}
         sizes = [
-            estimate_saved_layers(config_of(model), replace(training, methods=methods))
-            for methods in (plain, {**plain, "lemo": asdict(simulated)})
+            estimate_saved_layers(config_of(model), replace(training, methods=methods)) for methods in (plain, mine)
         ]
     # whatever it is: a table must not stop a run that could train
     except Exception as error:
         return f"  bytes of layers cannot be predicted: {error}"
     count = model.config.get_text_config().num_hidden_layers
     before, after = ([found.get(layer, 0) / 2**20 for layer in range(count)] for found in sizes)
-    lines = [f"  kept for backward at {training.batch} x {training.seq} tokens, simulated:"]
+    lines = [f"  kept for backward at {training.batch} x {training.seq} tokens, all labelled, simulated:"]
     lines += [f"  layers {f'{first} to {last}':10} {mib} MiB each" for first, last, mib in runs_of(before, after)]
     return "\n".join([*lines, f"  in all     {sum(before):.4g} -> {sum(after):.4g} MiB"])
 

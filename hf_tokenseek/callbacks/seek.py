@@ -109,18 +109,19 @@ def find_ratio(config: SeekConfig, model: nn.Module, args: TrainingArguments, da
     """
     The largest share of tokens that memory affords, for the longest sequences of the data.
 
-    Methods count that the arguments name; others can only make it less.
+    Methods count that are on the model or that the arguments name; others can only make it less.
 
     Raises:
         ValueError: nothing fits, or the run cannot be simulated.
     """
     from ..memory.budget import affordable_ratio
     from ..memory.plan import budget_of
-    from ..memory.run import config_of, largest_training, memory_bytes, methods_of
+    from ..memory.run import attached_methods, config_of, largest_training, memory_bytes, methods_of
 
     total = memory_bytes(args.device) if config.budget_gib is None else round(config.budget_gib * 2**30)
-    methods = {**methods_of(args), "seek": {**asdict(config), "budget_gib": None}}
     try:
+        # callbacks that come later may not have attached yet to a model that has just been made
+        methods = {**methods_of(args), **attached_methods(model), "seek": {**asdict(config), "budget_gib": None}}
         training = largest_training(model, args, dataloader.dataset)
         return affordable_ratio(config_of(model), replace(training, methods=methods), budget_of(total))
     except (ValueError, ModuleNotFoundError) as error:

@@ -31,6 +31,11 @@ class VeloraCallback(StatefulCallback):
         refuse_arguments(args, self.config)
         self.attach(model)
 
+    def attach(self, model) -> None:
+        """Attaches the method to `model`, unless it is; trl replaces the model's forward between the two."""
+        super().attach(model)
+        self.handle.resume()
+
     def accept(self, optimizer) -> None:
         """With a compressed state it has to be the one that knows it; raises as [`check_optimizer`] does."""
         if self.config.compressed_state:

@@ -115,11 +115,16 @@ class IstHandle:
             gate.undo()
         for hook in self._hooks:
             hook.remove()
-        parameters = dict(self.model.named_parameters())
-        for name in self._frozen:
-            parameters[name].requires_grad_(True)
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
         if self.keeper is not None:
             self.keeper.close()
+
+    @property
+    def frozen(self) -> set[nn.Parameter]:
+        """Weights outside of the layers that trained before, and do not as long as this is attached."""
+        parameters = dict(self.model.named_parameters())
+        return {parameters[name] for name in self._frozen}
 
     def trained_bytes(self, layers: Iterable[int] | None = None) -> int:
         """Bytes of all weights that train in a period, by default the present one; those outside of layers too."""

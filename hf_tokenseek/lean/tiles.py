@@ -34,4 +34,5 @@ def tiled(forward: Callable[[nn.Module, Tensor], Tensor], tiles: int) -> Callabl
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         return torch.cat([compute(tile) for tile in rows.tensor_split(tiles)]).view(hidden_states.shape)
 
+    run.tiles = tiles
     return run

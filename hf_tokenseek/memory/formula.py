@@ -30,7 +30,7 @@ def saved_formula_bytes(config, training: Training) -> int | None:
     used = {name for name, value in training.methods.items() if value}
     if config.model_type not in LLAMA_LIKE or used - set(METHODS) or training.lora or training.dtype == "mixed":
         return None
-    if keeps_scores(config, training):
+    if training.model_state is not None or keeps_scores(config, training):
         return None
     seek, lean = SeekConfig.parse(training.methods.get("seek")), "lean" in used
     w, heads, layers = 2 if training.dtype == "bf16" else 4, config.num_attention_heads, config.num_hidden_layers

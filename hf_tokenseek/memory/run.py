@@ -1,17 +1,34 @@
 """A Trainer's run, as the estimator describes it."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..ist.attach import IstHandle
+from ..lemo.attach import LemoHandle
+from ..method_config import MethodConfig
+from ..patching import find_causal_lm, hooked_by, patched_by
+from ..seek.attach import SeekHandle
+from ..seek.attention import original_attention
+from ..seek.cost import is_checkpointed
+from ..velora.attach import VeloraHandle
+from .model_state import ModelState
 from .training import Training
+
+# by the names that [`attach`] and the arguments have for them; lean layers have no configuration
+HANDLES = {"seek": SeekHandle, "velora": VeloraHandle, "ist": IstHandle, "lemo": LemoHandle}
+
+# options of checkpointing that change nothing about what is kept
+WITHOUT_BYTES = {"use_reentrant", "preserve_rng_state"}
 
 
 def training_of(model: nn.Module, args: TrainingArguments, batch: int, seq: int) -> Training:
@@ -29,22 +46,23 @@ def training_of(model: nn.Module, args: TrainingArguments, batch: int, seq: int)
     """
     if args.fsdp or args.deepspeed or _is_divided():
         raise ValueError("memory was divided among ranks. Run `hf-tokenseek fit` with --strategy and --ranks.")
-    adapters = list(getattr(model, "peft_config", {}).values())
-    if any(not hasattr(adapter, "r") for adapter in adapters):
-        raise ValueError(f"the adapters are none of LoRA: {[type(adapter).__name__ for adapter in adapters]}.")
+    if getattr(args, "activation_offloading", False):
+        raise ValueError("activation_offloading=True keeps activations elsewhere, which cannot be simulated.")
     if getattr(model, "is_loaded_in_8bit", False):
         raise ValueError("the weights are 8-bit ones of bitsandbytes; 4-bit ones can be simulated.")
-    wide = next(p for p in model.parameters() if p.is_floating_point()).dtype == torch.float32
+    state = ModelState.of(model)
     return Training(
         seq=seq,
         batch=batch,
         labelled=1.0,
-        checkpointing=args.gradient_checkpointing,
-        lora=max((adapter.r for adapter in adapters), default=None),
+        # the Trainer turns it on when training begins, the user may have before
+        checkpointing=checkpoints(model) or args.gradient_checkpointing,
+        lora=None if state.adapter is None else state.adapter["r"],
         load_in_4bit=getattr(model, "is_loaded_in_4bit", False),
         optimizer=args.optim.value,
-        dtype=("mixed" if args.bf16 or args.fp16 else "fp32") if wide else "bf16",
+        dtype="mixed" if args.bf16 or args.fp16 else "fp32" if state.dtype == torch.float32 else "bf16",
         device=args.device.type,
+        model_state=state,
     )
 
 
@@ -65,6 +83,25 @@ def largest_training(model: nn.Module, args: TrainingArguments, dataset: Any, mo
     return training_of(model, args, args.per_device_train_batch_size, seq)
 
 
+def checkpoints(model: nn.Module) -> bool:
+    """
+    Whether the model is checkpointed.
+
+    Raises:
+        ValueError: it is in part, or in a way that keeps something else.
+    """
+    if not is_checkpointed(model):
+        return False
+    for layer in (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)):
+        way = getattr(layer, "_gradient_checkpointing_func", None)
+        known = getattr(way, "func", None) is checkpoint and set(way.keywords) <= WITHOUT_BYTES
+        if not (layer.gradient_checkpointing and known):
+            raise ValueError(
+                "gradient checkpointing of some layers only, offloaded, or with a context_fn cannot be simulated."
+            )
+    return True
+
+
 def _is_divided() -> bool:
     # a launcher's configuration is in no argument; outside of a trainer there is no state to be asked
     divided = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -74,15 +111,35 @@ def _is_divided() -> bool:
 def methods_of(args: TrainingArguments) -> dict[str, Any]:
     """The methods that training arguments name, as [`attach`] takes them; none of plain ones."""
     methods = {"lean": True, "mlp_tiles": args.mlp_tiles} if getattr(args, "lean", False) else {}
-    configs = {name: getattr(args, name, None) for name in ("seek", "velora", "ist", "lemo")}
-    return methods | {name: asdict(config) for name, config in configs.items() if config is not None}
+    configs = {name: getattr(args, name, None) for name in HANDLES}
+    return methods | {name: asdict(simulated(config)) for name, config in configs.items() if config is not None}
+
+
+def attached_methods(model: nn.Module) -> dict[str, Any]:
+    """The methods that are on a supported model, as [`attach`] takes them, whoever has put them there."""
+    causal = find_causal_lm(model)
+    lean = [type(module) for module in model.modules() if hasattr(type(module), "_plain_class")]
+    tiles = max((getattr(kind.forward, "tiles", 1) for kind in lean), default=1)
+    found = {name: patched_by(causal, kind) or hooked_by(model, kind) for name, kind in HANDLES.items()}
+    configs = {name: asdict(simulated(handle.config)) for name, handle in found.items() if handle is not None}
+    return ({"lean": True, "mlp_tiles": tiles} if lean else {}) | configs
+
+
+def simulated(config: MethodConfig) -> MethodConfig:
+    """A configuration that keeps as many bytes, and needs no real weights."""
+    trained = getattr(config, "predictor", None) is not None
+    return replace(config, score="pooled", predictor=None) if trained else config
 
 
 def config_of(model: nn.Module) -> Any:
     """The model's configuration without what the methods, and quantising, have made of it."""
     values = model.config.to_dict()
     values.pop("quantization_config", None)
-    return type(model.config).from_dict(values)
+    config = type(model.config).from_dict(values)
+    if original_attention(model) == "eager":
+        # it keeps all scores; the others keep as much as the one that is taken by default
+        config._attn_implementation = "eager"
+    return config
 
 
 def memory_bytes(device: torch.device) -> int:

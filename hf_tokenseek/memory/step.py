@@ -35,23 +35,32 @@ def build_model(config, training: Training) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.bfloat16 if training.dtype == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    state = training.model_state
+    wide = training.dtype != "bf16" if state is None else state.dtype == torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if wide else torch.bfloat16).train()
     if training.load_in_4bit:
         model = in_4bit(model)
     if training.lora is not None:
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError("`lora` needs the package `peft`. Run `pip install peft`.") from None
-        lora = LoraConfig(task_type="CAUSAL_LM", r=training.lora, target_modules="all-linear")
-        model = get_peft_model(model, lora)
+        model = with_lora(model, training)
     if training.checkpointing:
         with warnings.catch_warnings():
             # the Trainer calls it by the same name
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable()
+    if state is not None:
+        state.give(model)
     return model
+
+
+def with_lora(model: nn.Module, training: Training) -> nn.Module:
+    """The model with adapters where the model at hand has them, or on all linear layers."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("`lora` needs the package `peft`. Run `pip install peft`.") from None
+    state = training.model_state
+    everywhere = {"task_type": "CAUSAL_LM", "r": training.lora, "target_modules": "all-linear"}
+    return get_peft_model(model, LoraConfig(**(everywhere if state is None else state.adapter)))
 
 
 def track_step(

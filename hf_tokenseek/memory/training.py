@@ -9,6 +9,7 @@ import torch
 from transformers.optimization import Adafactor
 
 from ..patching import attach
+from .model_state import ModelState
 
 # what the Trainer makes of `optim`, for those whose steps run on fake tensors
 _TORCH: dict[str, tuple[type, dict[str, Any]]] = {
@@ -43,15 +44,18 @@ class Training:
         labelled (`float`, *optional*, defaults to 0.05): share of the tokens that are labels, at the end.
         methods (`dict`, *optional*): what [`attach`] takes; none is plain training.
         checkpointing (`bool`, *optional*, defaults to `False`): gradient checkpointing.
-        lora (`int`, *optional*): rank of LoRA adapters on all linear layers but the head; all weights train if not
-            given.
+        lora (`int`, *optional*): rank of LoRA adapters, on all linear layers but the head if `model_state` does not
+            say where; all weights train if not given.
         load_in_4bit (`bool`, *optional*, defaults to `False`): QLoRA: frozen linear layers in NF4, double quantised.
         optimizer (`str`, *optional*, defaults to `"adamw_torch_fused"`): as in [`~transformers.TrainingArguments`].
         dtype (`str`, *optional*, defaults to `"bf16"`): `"bf16"` or `"fp32"` weights, or `"mixed"`: fp32 weights and
-            products in bf16, what `TrainingArguments(bf16=True)` does.
+            products in bf16, what `TrainingArguments(bf16=True)` does. With a `model_state` weights have the dtypes
+            that it names, and `"mixed"` says that products are in bf16.
         device (`str`, *optional*, defaults to `"cuda"`): whose kernels run.
         strategy (`str`, *optional*): `"zero1"`, `"zero2"`, `"zero3"` or `"fsdp"`: what is divided among `ranks`.
         ranks (`int`, *optional*, defaults to 1): processes; the batch is that of each of them.
+        model_state ([`~memory.model_state.ModelState`], *optional*): of a model at hand: where its adapters are, what
+            is frozen, which weights have which dtype.
 
     Raises:
         ValueError: a value lies outside of its allowed set.
@@ -69,6 +73,7 @@ class Training:
     device: str = "cuda"
     strategy: str | None = None
     ranks: int = 1
+    model_state: ModelState | None = None
 
     def __post_init__(self):
         for name in ("seq", "batch", "lora", "ranks"):

@@ -77,7 +77,16 @@ def test_a_trainers_run_is_described_by_it(loaded, tmp_path):
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
     found = training_of(adapted, args, 1, 48)
     assert (found.load_in_4bit, found.lora, found.dtype) == (True, 4, "bf16")
-    assert estimate(config_of(adapted), found).peak.bytes == estimate(config, found).peak.bytes
+    whole = estimate(config_of(adapted), found)
+    assert whole.peak.bytes == estimate(config, TRAINING).peak.bytes
+    # trl casts the adapters of quantised models
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    cast = estimate(config_of(adapted), training_of(adapted, args, 1, 48))
+    with MemoryTracker(adapted) as tracker:
+        assert cast.phases["forward"].kinds["parameters"] == tracker.now.kinds["parameters"]
+    assert cast.phases["forward"].kinds["parameters"] < whole.phases["forward"].kinds["parameters"]
     adapted.get_base_model().is_loaded_in_8bit = True
     with pytest.raises(ValueError, match="8-bit"):
         training_of(adapted, args, 1, 48)

@@ -15,7 +15,6 @@ FIGURES = (
     "logps/rejected", "logits/chosen", "logits/rejected",
 )  # fmt: skip
 SETTINGS = {
-    "output_dir": "unused",
     "per_device_train_batch_size": 2,
     "max_steps": 3,
     "logging_steps": 1,
@@ -35,12 +34,12 @@ def pairs(count: int = 12) -> Dataset:
     return Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows])
 
 
-def preferences(tiny_llama, seek=None, **options) -> DPOTrainer:
+def preferences(folder, tiny_llama, seek=None, **options) -> DPOTrainer:
     callbacks = [] if seek is None else [SeekCallback(seek)]
     model, reference = tiny_llama(), tiny_llama()
     with torch.no_grad():
         reference.lm_head.weight.mul_(1.1)
-    args = DPOConfig(**{**SETTINGS, **options})
+    args = DPOConfig(str(folder), **{**SETTINGS, **options})
     return DPOTrainer(model, reference, args, train_dataset=pairs(), processing_class=tokenizer(), callbacks=callbacks)
 
 
@@ -55,8 +54,8 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_everything_selected_is_stock_preference_training(tiny_llama, name):
-    runs = [preferences(tiny_llama, seek, **OPTIONS[name]) for seek in (None, EVERYTHING)]
+def test_everything_selected_is_stock_preference_training(tiny_llama, tmp_path, name):
+    runs = [preferences(tmp_path, tiny_llama, seek, **OPTIONS[name]) for seek in (None, EVERYTHING)]
     for run in runs:
         run.train()
     stock, own = runs
@@ -65,9 +64,9 @@ def test_everything_selected_is_stock_preference_training(tiny_llama, name):
     assert min(logged(own, "grad_norm")[0]) > 0 and set(logged(own, "seek/selected_share")[0]) == {1.0}
 
 
-def test_selected_context_keeps_every_figure(tiny_llama):
+def test_selected_context_keeps_every_figure(tiny_llama, tmp_path):
     """All completion tokens are loss rows: log-probabilities are exact, gradients are those of the selected rows."""
-    runs = [preferences(tiny_llama, seek, learning_rate=0.0) for seek in (None, SELECTS)]
+    runs = [preferences(tmp_path, tiny_llama, seek, learning_rate=0.0) for seek in (None, SELECTS)]
     for run in runs:
         run.train()
     stock, own = runs
@@ -79,7 +78,7 @@ def test_selected_context_keeps_every_figure(tiny_llama):
 @pytest.mark.parametrize("seek", [{"labelled": 0.5}, {"ratio": 0.4}], ids=str)
 def test_part_of_the_loss_rows_is_refused_where_all_are_needed(tiny_llama, tmp_path, seek):
     with pytest.raises(ValueError, match="DPO compares whole completions.*set labelled=1.0 and ratio=None"):
-        preferences(tiny_llama, seek)
+        preferences(tmp_path, tiny_llama, seek)
     for kind, args, callbacks in (
         (None, arguments(tmp_path, seek, loss_type="dft"), None),
         (SFTTrainer, arguments(tmp_path, loss_type="dft"), [SeekCallback(seek)]),
@@ -102,7 +101,7 @@ def test_reward_trainer_is_refused_when_it_is_built(tiny_llama, tmp_path):
     config = tiny_llama().config
     config.num_labels = 1
     model = LlamaForSequenceClassification._from_config(config)
-    args = RewardConfig(**{**SETTINGS, "output_dir": str(tmp_path)})
+    args = RewardConfig(str(tmp_path), **SETTINGS)
     with pytest.raises(ValueError, match="takes RewardConfig: its model scores whole sequences"):
         RewardTrainer(
             model, args, train_dataset=pairs(), processing_class=tokenizer(), callbacks=[SeekCallback(SELECTS)]
