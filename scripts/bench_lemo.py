@@ -51,7 +51,8 @@ from transformers import PreTrainedConfig
 
 from hf_tokenseek.memory import LiveMemory, SavedActivations
 from hf_tokenseek.memory.fake import fake_model, fake_tensors
-from hf_tokenseek.patching import find_causal_lm, replaced_forward
+from hf_tokenseek.patched_forward import replaced_forward
+from hf_tokenseek.patching import find_causal_lm
 from hf_tokenseek.seek.batch import IGNORE, known_counts
 from tokenseek_kernels import linear_cross_entropy
 from tokenseek_kernels.dispatch import as_on_a_gpu

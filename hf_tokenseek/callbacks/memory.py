@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..memory import SavedActivations, other_hooks_active
 from ..memory.watch import LEVELS, StepWatch
-from ..patching import PatchedForward
+from ..patched_forward import PatchedForward
 from .logging import LoggedMetrics
 
 logger = logging.get_logger(__name__)

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..forwarding import autocast, mixed_precision, named_inputs
 from ..parameters import numel_of
-from ..patching import find_causal_lm, find_layers, patched_by
+from ..patched_forward import patched_by
+from ..patching import find_causal_lm, find_layers
 from ..seek.ranks import mean_over_ranks
 from .config import LEARNED, IstConfig
 from .gates import Gate, trained_parameters, tuners

@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..patching import PatchedForward, recomputed_within
+from ..patched_forward import PatchedForward
+from ..patching import recomputed_within
 
 
 class Gate:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..forwarding import decoder_inputs
 from ..lean.adapters import is_lora
-from ..patching import evaluating, replaced_forward
+from ..patched_forward import replaced_forward
+from ..patching import evaluating
 from ..seek.batch import IGNORE
 from ..seek.passes import Decoder
 from ..seek.ranks import mean_over_ranks

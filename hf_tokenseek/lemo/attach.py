@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..forwarding import named_inputs
-from ..patching import PatchedForward, find_causal_lm, find_layers, is_reached, patched_by, trains
+from ..patched_forward import PatchedForward, is_reached, patched_by, trains
+from ..patching import find_causal_lm, find_layers
 from ..seek.attach import SeekHandle
 from ..seek.attention import leave_attention, use_attention
 from ..seek.batch import IGNORE

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tokenseek_kernels import join_rows, split_rows
 
-from ..patching import PatchedForward, evaluating, recomputed_within
+from ..patched_forward import PatchedForward
+from ..patching import evaluating, recomputed_within
 from ..seek.attention import DitchState, ScoutState
 from ..seek.passes import hold
 from .config import LemoConfig

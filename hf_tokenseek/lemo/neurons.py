@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tokenseek_kernels.lean_mlp.activations import TORCH, Activation
 
 from ..lean.mlps import Form, activation_name, form_of
-from ..patching import PatchedForward
+from ..patched_forward import PatchedForward
 
 
 class NeuronMlp:

@@ -6,7 +6,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ..patching import recomputed_within, replaced_forward
+from ..patched_forward import replaced_forward
+from ..patching import recomputed_within
 
 # names of the modules in front of the first and in front of the second residual sum
 LAYOUTS = (

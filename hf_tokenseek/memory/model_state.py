@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..ist.attach import IstHandle
-from ..patching import hooked_by
+from ..patched_forward import hooked_by
 from .four_bit import is_4bit, weights_of
 
 # where VeLoRA puts the compressed gradient of a weight, which then does not ask for one itself

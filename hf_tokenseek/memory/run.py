@@ -16,7 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..ist.attach import IstHandle
 from ..lemo.attach import LemoHandle
 from ..method_config import MethodConfig
-from ..patching import find_causal_lm, hooked_by, patched_by
+from ..patched_forward import hooked_by, patched_by
+from ..patching import find_causal_lm
 from ..seek.attach import SeekHandle
 from ..seek.attention import original_attention
 from ..seek.cost import is_checkpointed

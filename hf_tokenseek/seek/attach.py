@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..forwarding import autocast, mixed_precision, named_inputs
 from ..parameters import trained_share
-from ..patching import PatchedForward, find_causal_lm, leads_to, patched_by, trains
+from ..patched_forward import PatchedForward, leads_to, patched_by, trains
+from ..patching import find_causal_lm
 from .adapters import check_adapters
 from .attention import leave_attention, original_attention, use_attention
 from .batch import Batch, Sizes
@@ -124,7 +125,7 @@ class SeekHandle:
         done = train(self.config.plain_fallback and share >= cost.break_even, head)
         self.micro_step += 1
         self.selection = done.selection.rows
-        self.metrics.observe(batch, done, cost)
+        self.metrics.observe(batch, done, cost, asked=self.config.is_everything)
         for observe in self.observers:
             observe(batch, done)
         return head.answer(done.loss / count_items(inputs.get("num_items_in_batch"), batch))

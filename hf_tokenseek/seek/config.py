@@ -162,6 +162,11 @@ class SeekConfig(MethodConfig):
         if not self.budget_gib > 0:
             raise ValueError(f"`budget_gib` should be more than 0, got {self.budget_gib}.")
 
+    @property
+    def is_everything(self) -> bool:
+        """Whether every token is selected, as in plain training."""
+        return self.ratio == 1 or (self.context == 1 and self.labelled == 1)
+
     def resolved(self, trained_share: float = 1.0) -> "SeekConfig":
         """
         The same with a number for `context`, unless `ratio` takes its place.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
-from ..patching import replaced_forward
+from ..patched_forward import replaced_forward
 from .passes import Decoder
 
 

@@ -62,12 +62,10 @@ class SeekMetrics:
         self.last: Summary | None = None
         self._values: dict[str, list[float | Tensor]] = {}
 
-    def observe(self, batch: Batch, done: Trained, cost: Cost) -> None:
-        """Adds one micro-batch; waits for no device."""
+    def observe(self, batch: Batch, done: Trained, cost: Cost, asked: bool = False) -> None:
+        """Adds one micro-batch, of which everything was `asked` for or not; waits for no device."""
         sizes, n = batch.sizes, batch.shape[1]
-        # whoever asks for everything gets what was asked for
-        unasked = done.plainly and sum(sizes.loss) + sum(sizes.evidence) < sum(sizes.real)
-        self.total, self.plain_total = self.total + 1, self.plain_total + unasked
+        self.total, self.plain_total = self.total + 1, self.plain_total + (done.plainly and not asked)
         self.last = Summary(sizes, n, done.kept_bytes, done.plainly, cost)
         self._add("seek/selected_share", 1.0 if done.plainly else sizes.rows / n)
         self._add("seek/labelled_share", sum(sizes.labelled) / max(1, sum(sizes.real)))

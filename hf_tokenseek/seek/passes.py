@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from tokenseek_kernels import HeadStatistics, head_statistics, linear_cross_entropy
 
 from ..families import BEFORE_HEAD, LOGITS_MULTIPLIED
-from ..patching import evaluating, find_layers, replaced_forward
+from ..patched_forward import replaced_forward
+from ..patching import evaluating, find_layers
 from .attention import DitchState, ScoutState
 from .batch import IGNORE, Batch
 from .scores import Score, Scouted

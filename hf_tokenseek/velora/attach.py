@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..lean.adapters import is_lora
-from ..patching import PatchedForward, find_causal_lm, is_reached, trains
+from ..patched_forward import PatchedForward, is_reached, trains
+from ..patching import find_causal_lm
 from ..seeds import mixed_seed
 from ..seek.attach import SeekHandle
 from .calibration import mean_inputs

@@ -9,7 +9,8 @@ from torch import Tensor
 # registers an attention that detaches the keys and values of rows outside `naive_keep`
 import tests.seek.naive  # noqa: F401
 from hf_tokenseek.forwarding import named_inputs
-from hf_tokenseek.patching import find_layers, replaced_forward
+from hf_tokenseek.patched_forward import replaced_forward
+from hf_tokenseek.patching import find_layers
 
 # norms before and behind the attention, before and behind the MLP, as the families' code has them
 _NORMS = {

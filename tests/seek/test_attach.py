@@ -237,7 +237,7 @@ def test_a_compiled_model_selects_too(tiny_llama):
 def test_a_model_in_evaluation_mode_is_no_secret(monkeypatch):
     """`from_pretrained` returns it so; TokenSeek acts in training."""
     said = []
-    monkeypatch.setattr("hf_tokenseek.patching.logger.warning_once", said.append)
+    monkeypatch.setattr("hf_tokenseek.patched_forward.logger.warning_once", said.append)
     model = tiny_model("llama").eval()
     with attach(model, seek=True) as handle:
         with torch.no_grad():

@@ -13,7 +13,7 @@ from accelerate.utils import extract_model_from_parallel
 
 from hf_tokenseek import MemoryCallback, VeloraCallback, attach
 from hf_tokenseek.forwarding import named_inputs
-from hf_tokenseek.patching import PatchedForward, leads_to, patched_by
+from hf_tokenseek.patched_forward import PatchedForward, leads_to, patched_by
 from tests.ist.tiny_ist import step
 from tests.lemo.deep_lemo import batch, llama
 from tests.tiny_training import arguments, trainer
