@@ -1,5 +1,7 @@
 """`Trainer` with TokenSeek inside."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 from transformers import Trainer
@@ -15,12 +17,29 @@ from .callbacks import (
     StatefulCallback,
     VeloraCallback,
 )
+from .callbacks.method import MethodCallback
 from .callbacks.out_of_memory import explained_out_of_memory
 from .ist.zero import group_by_layer
 from .lemo.predictor import copy_predictor
 from .model_card import write_model_card
 from .seek import SeekConfig
 from .velora.optimizer import velora_adamw
+
+
+@contextmanager
+def _given_back(callbacks: list) -> Iterator[None]:
+    """If what happens inside of the block fails, or is interrupted, the model is as it was before."""
+    try:
+        yield
+    except BaseException:
+        _detach(callbacks)
+        raise
+
+
+def _detach(callbacks: Iterable) -> None:
+    for callback in callbacks:
+        if isinstance(callback, (SeekCallback, LeanCallback, MethodCallback)):
+            callback.detach()
 
 
 class TokenSeekMixin:
@@ -46,7 +65,10 @@ class TokenSeekMixin:
                 callbacks.append(kind(config))
         if not any(isinstance(c, MemoryCallback) for c in callbacks):
             callbacks.append(MemoryCallback())
-        super().__init__(model, args, *positional, callbacks=callbacks, compute_loss_func=compute_loss_func, **kwargs)
+        with _given_back(callbacks):
+            super().__init__(
+                model, args, *positional, callbacks=callbacks, compute_loss_func=compute_loss_func, **kwargs
+            )
         for callback in self.callback_handler.callbacks:
             # trl's trainers replace the model's forward when Trainer's own __init__, and so attaching, is done
             if isinstance(callback, (SeekCallback, VeloraCallback, LemoCallback)):
@@ -85,13 +107,38 @@ class TokenSeekMixin:
             if isinstance(callback, StatefulCallback):
                 # `True` is the last checkpoint in `output_dir`, which the callback finds
                 callback.checkpoint = None if isinstance(resume_from_checkpoint, bool) else resume_from_checkpoint
-        with explained_out_of_memory(self._callback(MemoryCallback), self.model, self.args):
+        with (
+            _given_back(self.callback_handler.callbacks),
+            explained_out_of_memory(self._callback(MemoryCallback), self.model, self.args),
+        ):
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def pop_callback(self, callback):
+        """As in [`~transformers.Trainer`]; a method goes with its callback."""
+        popped = super().pop_callback(callback)
+        _detach([popped])
+        return popped
+
+    def remove_callback(self, callback) -> None:
+        """As in [`~transformers.Trainer`]; a method goes with its callback."""
+        self.pop_callback(callback)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As in the trainer below; the card says how the weights were trained as well."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self._write_methods(self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Saves as ever, LeMo's predictor beside it, and says in the model card how the weights were trained."""
         super()._save(output_dir, state_dict)
         folder = output_dir or self.args.output_dir
+        self._write_methods(folder)
+        lemo = self._callback(LemoCallback)
+        if lemo is not None and lemo.config.predictor is not None:
+            copy_predictor(lemo.config.predictor, folder)
+
+    def _write_methods(self, folder: str) -> None:
         seek, velora = self._callback(SeekCallback), self._callback(VeloraCallback)
         ist, lemo = self._callback(IstCallback), self._callback(LemoCallback)
         lean = self._callback(LeanCallback)
@@ -104,8 +151,6 @@ class TokenSeekMixin:
         }
         if any(methods.values()):
             write_model_card(folder, self.model, methods)
-        if lemo is not None and lemo.config.predictor is not None:
-            copy_predictor(lemo.config.predictor, folder)
 
     def _velora_adamw(self, moments: str) -> tuple[type, dict]:
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)

@@ -3,6 +3,7 @@
 from transformers import TrainerCallback
 
 from ..lean import LeanHandle, check_tiles
+from .ownership import disown, is_owner, own, take_over
 
 
 class LeanCallback(TrainerCallback):
@@ -48,13 +49,19 @@ class LeanCallback(TrainerCallback):
             print(self.handle.swapped(), flush=True)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.handle.undo()
+        self.detach()
+
+    def detach(self) -> None:
+        """Gives the model back as it was, if it is attached to one."""
+        if self.handle is not None:
+            disown(self.handle.model, self.handle)
         self.handle = None
 
     def _attach(self, model) -> None:
         # `model_init` makes another model than the one that `__init__` has seen
-        if self.handle is not None and self.handle.model is not model:
-            self.handle.undo()
-            self.handle = None
+        if self.handle is not None and not (self.handle.model is model and is_owner(model, self.handle)):
+            self.detach()
         if self.handle is None:
+            take_over(model, LeanHandle)
             self.handle = LeanHandle(model, self.mlp_tiles)
+            own(model, self.handle)

@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 
 from torch import nn
 from transformers import TrainingArguments
 
 from ..lemo import LemoConfig
 from ..lemo.attach import LemoHandle
+from ..lemo.predictor import copy_predictor
 from ..lemo.refusals import refuse_arguments
 from .method import MethodCallback
 
@@ -60,6 +62,11 @@ class LemoCallback(MethodCallback):
         # callbacks that come later have gone around trl's forward, or have attached TokenSeek, only now
         self.handle.resume()
         self.handle.begin_step(state.global_step)
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.config.predictor is not None and args.should_save and folder.is_dir():
+            copy_predictor(self.config.predictor, folder)
 
     def metrics(self, reset: bool = True) -> dict[str, float]:
         """

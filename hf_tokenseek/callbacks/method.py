@@ -6,6 +6,7 @@ from torch import nn
 
 from ..method_config import MethodConfig
 from .logging import LoggedMetrics
+from .ownership import disown, is_owner, own, take_over
 
 
 class MethodCallback(LoggedMetrics):
@@ -33,16 +34,19 @@ class MethodCallback(LoggedMetrics):
         self.handle = None
 
     def attach(self, model: nn.Module) -> None:
-        """Attaches the method to `model`, unless it is."""
+        """Attaches the method to `model`, unless it is; in place of what another trainer has attached to it."""
         # `model_init` makes another model than the one that `__init__` has seen
-        if self.handle is not None and self.handle.attached_to is not model:
+        if self.handle is not None and not (self.handle.attached_to is model and is_owner(model, self.handle)):
             self.detach()
         if self.handle is None:
+            take_over(model, self.handle_type)
             self.handle = self.handle_type(model, self.config)
+            own(model, self.handle)
 
     def detach(self) -> None:
-        """Gives the model back as it was."""
-        self.handle.undo()
+        """Gives the model back as it was, if it is attached to one."""
+        if self.handle is not None:
+            disown(self.handle.attached_to, self.handle)
         self.handle = None
 
     def prepare(self, args, state, optimizer) -> None:

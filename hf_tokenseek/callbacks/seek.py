@@ -13,6 +13,7 @@ from ..seek.config import AUTO
 from ..seek.ranks import refuse_strategies
 from ..seek.trl import refuse_trl_arguments
 from .logging import LoggedMetrics
+from .ownership import disown, is_owner, own, take_over
 
 logger = logging.get_logger(__name__)
 
@@ -77,8 +78,13 @@ class SeekCallback(LoggedMetrics):
             self._warn(state)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.handle.pause()
+        self.detach()
         self._warn(state)
+
+    def detach(self) -> None:
+        """Gives the model back as it was; the handle keeps its figures, and what was selected."""
+        if self.handle is not None:
+            disown(self.handle.model, self.handle)
 
     def metrics(self, reset: bool = True) -> dict[str, float]:
         """
@@ -97,12 +103,18 @@ class SeekCallback(LoggedMetrics):
             self._warned = True
 
     def _attach(self, model: nn.Module) -> None:
-        if self.handle is not None and self.handle.model is find_causal_lm(model):
-            self.handle.resume()
-        else:
+        inner = find_causal_lm(model)
+        if self.handle is not None and self.handle.model is not inner:
+            self.detach()
+            self.handle = None
+        if self.handle is None or not is_owner(inner, self.handle):
+            take_over(inner, SeekHandle)
+        if self.handle is None:
             # until training begins and tells what there is to train on
             config = replace(self.config, ratio=1.0, budget_gib=None) if self.config.ratio == AUTO else self.config
             self.handle = SeekHandle(model, config)
+        self.handle.resume()
+        own(inner, self.handle)
 
 
 def find_ratio(config: SeekConfig, model: nn.Module, args: TrainingArguments, dataloader) -> float:

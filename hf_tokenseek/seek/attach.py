@@ -16,7 +16,7 @@ from .attention import leave_attention, original_attention, use_attention
 from .batch import Batch, Sizes
 from .config import AUTO, SeekConfig
 from .cost import Cost
-from .heads import FusedHead, LossHead
+from .heads import FusedHead, LossHead, check_loss
 from .metrics import SeekMetrics, Trained
 from .micro_batch import count_items, read, train_plainly, train_selected
 from .passes import Decoder
@@ -54,6 +54,7 @@ class SeekHandle:
             )
         self.config = config.resolved(trained_share(self.model))
         check_adapters(model, self.model)
+        check_loss(self.model)
         self.decoder = Decoder(self.model)
         if patched_by(self.model, SeekHandle):
             raise ValueError("TokenSeek is attached to this model already. Call undo() on the first handle.")
@@ -72,24 +73,22 @@ class SeekHandle:
         """Tells which optimizer step the coming micro-batches belong to: it seeds all that is random."""
         self.step, self.micro_step = step, 0
 
-    def pause(self) -> None:
-        """Lets the model compute as it did before, until [`resume`]."""
-        self.patch.active = False
-        leave_attention(self.model, self)
-
     def resume(self) -> None:
-        """Goes on after [`pause`], around whatever has replaced the model's forward since (trl's fused head)."""
-        if not leads_to(self.model.forward, self.patch.forward):
+        """Attaches again after [`undo`]; otherwise goes around what has replaced the model's forward since."""
+        if not self.patch.active or not leads_to(self.model.forward, self.patch.forward):
             self.patch.undo()
             self._patch_forward()
-        self.patch.active = True
         use_attention(self.model, self)
+        if self._guard is None:
+            self._guard = self._refuse_bypass()
 
     def undo(self) -> None:
-        """Gives the model its own attention and forward back."""
-        self.pause()
+        """Gives the model its own attention and forward back, until [`resume`]."""
+        leave_attention(self.model, self)
         self.patch.undo()
-        self._guard.remove()
+        if self._guard is not None:
+            self._guard.remove()
+        self._guard = None
 
     def train_forward(self, seek_sizes: Sizes | None = None, fused: Callable | None = None, lemo=None, **inputs):
         """

@@ -1,5 +1,6 @@
 """From the hidden states of selected rows to what the caller of the model's forward gets: a loss, or trl's output."""
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -83,3 +84,23 @@ class FusedHead:
         # empty slots hold a zero, so that it does not matter where they go
         full = numbers.new_zeros(len(rows), self.length).scatter_add(1, rows.clamp(min=0), numbers)
         return full[:, :-1].to(values.dtype)
+
+
+def check_loss(model: nn.Module) -> None:
+    """
+    Refuses models with a loss of their own: TokenSeek computes the cross-entropy that the family's class computes.
+
+    Raises:
+        ValueError: says which, and the next step.
+    """
+    forward = inspect.unwrap(type(model).forward)
+    own = None
+    if "_loss_function" in vars(model):
+        own = f"loss_function={model.loss_function!r}"
+    elif forward.__module__.partition(".")[0] != "transformers":
+        own = f"a forward of its own ({forward.__module__}.{forward.__qualname__})"
+    if own is not None:
+        raise ValueError(
+            f"{type(model).__name__} has {own}, whose loss TokenSeek would not compute. Train the class of "
+            "transformers, or turn TokenSeek off (seek=None)."
+        )

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
 from hf_tokenseek import SeekConfig, attach
 from tests.seek.tiny_families import tiny_config, tiny_model
@@ -117,11 +117,11 @@ def test_saved_while_attached_is_the_original(tiny_llama, tmp_path):
     assert torch.equal(loaded(IDS).logits, model.eval()(IDS).logits)
 
 
-def test_pause_and_resume(tiny_llama):
+def test_undo_and_resume(tiny_llama):
     model = tiny_llama()
     computed = outputs(model)
     with attach(model, seek=True) as handle:
-        handle.seek.pause()
+        handle.seek.undo()
         assert_equal(outputs(model), computed)
         assert handle.selection is None
         handle.seek.resume()
@@ -260,3 +260,27 @@ def test_a_budget_is_spent_on_labels_first():
         model(input_ids=IDS, labels=LABELS.masked_fill(torch.arange(20) > 16, -100)).loss.backward()
         # the last five are 15 to 19; those that predict a label are 14 and 15
         assert handle.seek.metrics.read()["seek/kept_labels"] == 0.5
+
+
+def test_a_loss_of_the_models_own_is_refused(tiny_llama):
+    model = tiny_llama()
+    model.loss_function = lambda logits, labels, **kwargs: logits.sum()
+    with pytest.raises(ValueError, match="has loss_function=.*turn TokenSeek off"):
+        attach(model, seek=True)
+
+    class PenalisedForCausalLM(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.loss = output.loss + self.lm_head.weight.square().sum()
+            return output
+
+    with pytest.raises(
+        ValueError, match="PenalisedForCausalLM has a forward of its own .*PenalisedForCausalLM.forward"
+    ):
+        attach(PenalisedForCausalLM(tiny_llama().config).train(), seek=True)
+
+    class RenamedForCausalLM(LlamaForCausalLM):
+        pass
+
+    with attach(RenamedForCausalLM(tiny_llama().config).train(), seek=True) as handle:
+        assert handle.seek is not None
