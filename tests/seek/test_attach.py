@@ -274,9 +274,7 @@ def test_a_loss_of_the_models_own_is_refused(tiny_llama):
             output.loss = output.loss + self.lm_head.weight.square().sum()
             return output
 
-    with pytest.raises(
-        ValueError, match="PenalisedForCausalLM has a forward of its own .*PenalisedForCausalLM.forward"
-    ):
+    with pytest.raises(ValueError, match="Penalised.* has a forward of its own .*Penalised.*.forward"):
         attach(PenalisedForCausalLM(tiny_llama().config).train(), seek=True)
 
     class RenamedForCausalLM(LlamaForCausalLM):
