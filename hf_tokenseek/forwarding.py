@@ -20,7 +20,7 @@ def named_inputs(signature: inspect.Signature, args: tuple, kwargs: dict) -> dic
     """
     given = dict(signature.bind(*args, **kwargs).arguments)
     for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_POSITIONAL:
+        if parameter.kind is parameter.VAR_POSITIONAL and given.pop(parameter.name, ()):
             raise ValueError(
                 f"The model's forward{signature} takes *{parameter.name}, which does not say what is what. Name the "
                 "arguments in the signature of your class, or do not override `forward`."

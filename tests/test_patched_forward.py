@@ -151,3 +151,4 @@ def test_arguments_by_name_whatever_the_rest_is_called():
 
     with pytest.raises(ValueError, match=r"takes \*inputs, which does not say what is what"):
         named_inputs(inspect.signature(nameless), (1,), {})
+    assert named_inputs(inspect.signature(nameless), (), {"labels": 2}) == {"labels": 2}

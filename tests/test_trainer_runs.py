@@ -48,9 +48,9 @@ def test_every_micro_batch_draws_its_own_selection(tiny_llama, tmp_path, seek):
         handle, observe = callback.handle, callback.handle.metrics.observe
 
         @functools.wraps(observe)
-        def spy(batch, done, cost):
+        def spy(batch, done, *about, **options):
             seen.append(done.selection.rows.clone())
-            return observe(batch, done, cost)
+            return observe(batch, done, *about, **options)
 
         handle.metrics.observe = spy
         own.train()

@@ -21,12 +21,14 @@ class Layout:
         segments (`torch.LongTensor` of shape `(batch, n)`): document numbers, -1 for padding.
         targets (`torch.LongTensor` of shape `(batch, n)`): what each position predicts, -100 for nothing.
         real (`list[int]`): real tokens of each sequence; host numbers.
+        labelled (`int`): how many positions predict something; a host number.
         simple (`bool`): one document a sequence without padding on the left, so that causality is the whole rule.
     """
 
     segments: Tensor
     targets: Tensor
     real: list[int]
+    labelled: int
     simple: bool
 
     @classmethod
@@ -50,8 +52,8 @@ class Layout:
         documents = inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
         segments = segments_of(*tokens.shape[:2], tokens.device, mask, *documents)
         targets = torch.full_like(segments, IGNORE) if labels is None else targets_of(labels, segments)
-        real, _, simple = count_tokens(segments, targets)
-        return cls(segments, targets, real, simple)
+        real, labelled, simple = count_tokens(segments, targets)
+        return cls(segments, targets, real, sum(labelled), simple)
 
 
 @dataclass(frozen=True)

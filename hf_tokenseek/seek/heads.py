@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
 from ..patched_forward import replaced_forward
@@ -95,7 +96,7 @@ def check_loss(model: nn.Module) -> None:
     """
     forward = inspect.unwrap(type(model).forward)
     own = None
-    if "_loss_function" in vars(model):
+    if vars(model).get("_loss_function", ForCausalLMLoss) is not ForCausalLMLoss:
         own = f"loss_function={model.loss_function!r}"
     elif forward.__module__.partition(".")[0] != "transformers":
         own = f"a forward of its own ({forward.__module__}.{forward.__qualname__})"

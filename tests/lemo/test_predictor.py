@@ -260,7 +260,7 @@ def test_it_goes_where_the_model_goes(tiny_llama, tmp_path):
     fresh().save(tmp_path)
     model = tiny_llama()
     with attach(model, lemo=lemo(score="predictor", predictor=str(tmp_path))) as handle:
-        handle.lemo.begin(Layout(*(torch.zeros(1, 8, dtype=torch.long, device="meta") for _ in "ab"), [8], True))
+        handle.lemo.begin(Layout(*(torch.zeros(1, 8, dtype=torch.long, device="meta") for _ in "ab"), [8], 0, True))
         assert {p.device.type for p in handle.lemo._predictor.parameters()} == {"meta"}
 
 
