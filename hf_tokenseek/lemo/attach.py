@@ -14,6 +14,7 @@ from ..patching import find_causal_lm, find_layers
 from ..seek.attach import SeekHandle
 from ..seek.attention import leave_attention, use_attention
 from ..seek.batch import IGNORE
+from ..sublayers import Sublayers
 from .blocks import Blocks, Layout
 from .config import LemoConfig
 from .elimination import Elimination
@@ -22,7 +23,6 @@ from .neurons import NeuronMlp, check_form
 from .predictor import Predictor
 from .refusals import check_model, check_with_seek
 from .scores import Scorer
-from .sublayers import Sublayers
 from .telemetry import Telemetry, chosen
 
 

@@ -14,11 +14,11 @@ from ..patched_forward import PatchedForward
 from ..patching import evaluating, recomputed_within
 from ..seek.attention import DitchState, ScoutState
 from ..seek.passes import hold
+from ..sublayers import Sublayers
 from .config import LemoConfig
 from .elimination import Elimination
 from .neurons import NeuronMlp
 from .states import KeptDitchState, KeptScoutState, KeptState, PeekState, Places
-from .sublayers import Sublayers
 
 
 class LayerCall:

@@ -1,7 +1,7 @@
 """The passes over the decoder: scout (no gradient, all rows), ditch (gradient, selected rows), plain."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from tokenseek_kernels import HeadStatistics, head_statistics, linear_cross_entr
 from ..families import BEFORE_HEAD, LOGITS_MULTIPLIED
 from ..patched_forward import replaced_forward
 from ..patching import evaluating, find_layers
+from ..sublayers import Sublayers
 from .attention import DitchState, ScoutState
 from .batch import IGNORE, Batch
 from .scores import Score, Scouted
@@ -52,7 +53,8 @@ class Decoder:
                 gradient = self._last_block_gradient(batch, state)
                 found = Scouted(state.mass, block_gradient=gradient, heads=self.heads)
             else:
-                hidden = self._run(batch.tokens, batch.positions, state, batch.lemo_inputs)
+                with nullcontext() if score.head else self._without_last_mlp():
+                    hidden = self._run(batch.tokens, batch.positions, state, batch.lemo_inputs)
                 head = self._head_statistics(hidden, batch) if score.head else None
                 found = Scouted(state.mass, head, heads=self.heads)
         if not state.kept:
@@ -113,6 +115,13 @@ class Decoder:
         name = "inputs_embeds" if tokens.dim() == 3 else "input_ids"
         inputs = {name: tokens, "position_ids": positions, "attention_mask": no_mask}
         return self.before_head(self.backbone(**inputs, **(lemo or {}), use_cache=False, seek=state)[0])
+
+    def _without_last_mlp(self) -> AbstractContextManager:
+        """Behind the last keys and values nothing is read: the MLP there need not run, where it can be told apart."""
+        try:
+            return Sublayers(self.layers[-1]).attention_only()
+        except ValueError:
+            return nullcontext()
 
     def _head_statistics(self, hidden: Tensor, batch: Batch) -> HeadStatistics:
         targets = batch.targets.flatten()

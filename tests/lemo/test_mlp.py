@@ -31,6 +31,16 @@ def test_dropped_tokens_miss_the_attention_only(family, mode, layout):
     assert_close_gradients(found, gradients(model, expected.loss), 10 * TOLERANCE)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_mlps_that_answer_with_a_pair_are_muted_too(batch):
+    """gpt_oss; unpacked by mistake, a batch of two looks like a pair."""
+    model, inputs = tiny_model("gpt_oss"), make_inputs("whole", batch=batch)
+    plain = model(**inputs)
+    with attach(model, lemo=lemo(mlp="dense", keep=0.5, sinks=99)):
+        dense = model(**inputs)
+    torch.testing.assert_close(dense.loss, plain.loss, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ONE_SUM)
 def test_layers_with_one_residual_sum_are_refused(family):
     model = tiny_model(family)

@@ -282,3 +282,21 @@ def test_a_loss_of_the_models_own_is_refused(tiny_llama):
 
     with attach(RenamedForCausalLM(tiny_llama().config).train(), seek=True) as handle:
         assert handle.seek is not None
+
+
+def test_scouting_leaves_out_what_nobody_reads():
+    """The last MLP stands behind the last keys and values; a score at the head reads it."""
+    calls = {}
+    for score in ("evidence", "entropy"):
+        model = tiny_model("llama")
+        layers, calls[score] = model.model.layers, [0] * len(model.model.layers)
+        for index, layer in enumerate(layers):
+
+            def count(module, args, index=index, score=score):
+                calls[score][index] += not torch.is_grad_enabled()
+
+            layer.mlp.down_proj.register_forward_pre_hook(count)
+        with attach(model, seek={"score": score, "context": 0.3, "plain_fallback": False}):
+            model(**BATCH).loss.backward()
+    assert calls["entropy"] == [1] * len(layers)
+    assert calls["evidence"] == [*[1] * (len(layers) - 1), 0]

@@ -6,8 +6,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ..patched_forward import replaced_forward
-from ..patching import recomputed_within
+from .patched_forward import replaced_forward
+from .patching import recomputed_within
 
 # names of the modules in front of the first and in front of the second residual sum
 LAYOUTS = (
@@ -24,6 +24,8 @@ LAYOUTS = (
     (("ln_1", "attn"), ("ln_2", "mlp")),
 )
 _ATTENTION = ("self_attn", "attn")
+# MLPs that answer with a pair, the scores of their router behind the hidden states
+_PAIRS = ("GptOssMLP",)
 # they change nothing where everything in front of them is zero
 _NEUTRAL = (nn.Dropout, nn.Identity)
 
@@ -69,14 +71,16 @@ def muted(layer: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
     """These modules of a layer answer with zeros, which take no memory, and compute nothing."""
     with ExitStack() as stack:
         for name in names:
-            stack.enter_context(replaced_forward(getattr(layer, name), _zeros(with_weights=name in _ATTENTION)))
+            module = getattr(layer, name)
+            in_pairs = name in _ATTENTION or any(kind.__name__ in _PAIRS for kind in type(module).__mro__)
+            stack.enter_context(replaced_forward(module, _zeros(in_pairs)))
         yield
 
 
-def _zeros(with_weights: bool) -> Callable:
+def _zeros(in_pairs: bool) -> Callable:
     def forward(*args, **kwargs):
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         zeros = hidden.new_zeros(1).expand_as(hidden)
-        return (zeros, None) if with_weights else zeros
+        return (zeros, None) if in_pairs else zeros
 
     return forward
