@@ -1,6 +1,7 @@
 """A micro-batch cut into blocks of real tokens, and the choice among them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ class Blocks:
         """`torch.BoolTensor` of shape `(batch, blocks)`: short sequences have fewer."""
         return self.tokens[:, :, 0] >= 0
 
-    @property
+    @cached_property
     def reach(self) -> tuple[Tensor, Tensor]:
         """
         Two `torch.LongTensor` of shape `(batch, blocks)`: the first block that shares a document with each block, and

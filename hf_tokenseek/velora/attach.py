@@ -63,7 +63,7 @@ class VeloraHandle:
         for compressed in self.inputs.values():
             self._swap(compressed)
         self.signature = inspect.signature(self.model.forward)
-        self._patch = PatchedForward(self.model, self._train_forward, when=partial(trains, self.model))
+        self._patch_forward()
 
     def begin_step(self, step: int) -> None:
         """Tells which optimizer step the coming micro-batches belong to: it seeds all that is random."""
@@ -73,7 +73,7 @@ class VeloraHandle:
         """Goes around whatever has replaced the model's forward since: trl's fused head, or TokenSeek."""
         if not is_reached(self._patch, past=SeekHandle):
             self._patch.undo()
-            self._patch = PatchedForward(self.model, self._train_forward, when=partial(trains, self.model))
+            self._patch_forward()
 
     def undo(self) -> None:
         """Gives the model its own layers back."""
@@ -158,6 +158,9 @@ class VeloraHandle:
         names = PRODUCERS.get(unit.name.partition("+")[0], ())
         norm = next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
         return norm if hasattr(type(norm), "_plain_class") else None
+
+    def _patch_forward(self) -> None:
+        self._patch = PatchedForward(self.model, self._train_forward, when=partial(trains, self.model))
 
     def _swap(self, compressed: CompressedInput) -> None:
         unit = compressed.unit
