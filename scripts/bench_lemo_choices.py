@@ -48,6 +48,7 @@ CHOICES = {
     ALL_LABELS: {"loss": "all"},
     "as published: rescore 1, queries all, loss all": {"rescore": 1, "queries": "all", "loss": "all"},
     "score oracle": {"score": "oracle"},
+    "score previous_layer": {"score": "previous_layer"},
     "score random": {"score": "random"},
     "score recency": {"score": "recency"},
 }

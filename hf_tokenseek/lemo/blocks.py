@@ -101,8 +101,8 @@ class Blocks:
         order = order.masked_fill(segments.gather(1, order) < 0, -1)[:, :slots]
         tokens = torch.nn.functional.pad(order, (0, slots - order.shape[1]), value=-1)
         self.tokens = tokens.view(batch, self.count, config.block)
-        self.documents = self._at_tokens(segments, -1)
-        self.labelled = self._at_tokens(targets != IGNORE, False).any(2)
+        self.documents = self.at_tokens(segments, -1)
+        self.labelled = self.at_tokens(targets != IGNORE, False).any(2)
         self._priority = self._priorities()
 
     @property
@@ -197,7 +197,7 @@ class Blocks:
         index = torch.arange(self.count, device=wanted.device)
         return torch.where(wanted, index, 2 * self.count - index).argsort(1).argsort(1)
 
-    def _at_tokens(self, values: Tensor, fill) -> Tensor:
+    def at_tokens(self, values: Tensor, fill) -> Tensor:
         """One value a position `(batch, n)` where the blocks' tokens stand, `(batch, blocks, block)`."""
         found = values.gather(1, self.tokens.flatten(1).clamp(min=0)).view_as(self.tokens)
         return found.masked_fill(self.tokens < 0, fill)

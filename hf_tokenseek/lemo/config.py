@@ -6,9 +6,9 @@ from numbers import Integral, Real
 
 from ..method_config import MethodConfig
 
-SCORES = ("pooled", "oracle", "predictor", "random", "recency")
-# those that read queries and keys
-LOOKING = ("pooled", "oracle", "predictor")
+SCORES = ("pooled", "oracle", "predictor", "previous_layer", "random", "recency")
+# those that read the tokens
+LOOKING = ("pooled", "oracle", "predictor", "previous_layer")
 QUERIES = ("labelled", "all", "later", "earlier")
 MODES = ("elide", "detach")
 MLPS = ("tokens", "dense", "neurons")
@@ -33,7 +33,8 @@ class LemoConfig(MethodConfig):
         score (`str`, *optional*, defaults to `"pooled"`):
             What makes a block worth keeping: `"pooled"` (how much the blocks' mean queries look at its mean key),
             `"oracle"` (the paper's score of all queries and keys, which costs a forward of the layer), `"predictor"`
-            (a trained approximation of it, see `predictor`), `"random"` or `"recency"`.
+            (a trained approximation of it, see `predictor`), `"previous_layer"` (the attention that it gets in the
+            layer below the first one that drops tokens), `"random"` or `"recency"`.
         rescore (`int`, *optional*, defaults to 0):
             Every so many of the layers that drop tokens score anew, those between them go by the scores of the layer
             below; 0 scores once. 1 is as published: then a token misses some layers and comes back stale.
@@ -174,6 +175,13 @@ class LemoConfig(MethodConfig):
         if self.thresholds is not None and self.score in ("random", "recency"):
             raise ValueError(
                 f"`thresholds` need a score that reads the tokens, got score={self.score!r}. Use one of {LOOKING}."
+            )
+        if self.score == "previous_layer" and (self.rescore or self.queries == "earlier" or not self.dense_first):
+            raise ValueError(
+                "score='previous_layer' is the attention that tokens get in the last layer that runs on all of them, "
+                "from those that come later: it needs rescore=0, dense_first of at least 1 and no queries='earlier', "
+                f"got rescore={self.rescore}, dense_first={self.dense_first}, queries={self.queries!r}. Change them, "
+                "or set score='pooled'."
             )
         if self.mode == "detach" and self.mlp == "neurons":
             raise ValueError(

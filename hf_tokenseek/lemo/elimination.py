@@ -6,7 +6,7 @@ from torch import Tensor
 from .blocks import Blocks, Kept
 from .config import LemoConfig
 from .scores import Scorer
-from .states import Places
+from .states import Places, Watch, WatchedState
 from .telemetry import Telemetry
 
 
@@ -26,6 +26,7 @@ class Elimination:
     Attributes:
         kept (`dict[int, Kept]`): what layers have chosen, by their index.
         scores (`torch.Tensor` of shape `(batch, blocks)`, *optional*): those that the last layer has chosen by.
+        watch ([`Watch`]): of attention in the layer below the first one that drops tokens.
     """
 
     def __init__(
@@ -42,6 +43,9 @@ class Elimination:
         self._telemetry, self._probing = telemetry, probing
         self.kept: dict[int, Kept] = {}
         self.scores: Tensor | None = None
+        self.watch = Watch(blocks, self.visibility)
+        first = next((layer for layer in range(len(shares)) if self.drops(layer)), 0)
+        self._watched = first - 1 if config.score == "previous_layer" else None
         self._places: dict[int, Places] = {}
         # by what is chosen with: layers that choose alike share what they keep
         self._alike: dict[tuple, tuple[Kept, Places]] = {}
@@ -54,6 +58,16 @@ class Elimination:
     def drops(self, layer: int) -> bool:
         """Whether a layer leaves tokens out."""
         return self.shares[layer] < 1
+
+    def watching(self, layer: int, state):
+        """
+        What attention is to do in a layer that runs on all tokens: what it does anyway, watched where it scores.
+
+        Args:
+            layer (`int`): its index.
+            state (*optional*): the state that TokenSeek has for it.
+        """
+        return WatchedState(state, self.watch) if layer == self._watched else state
 
     def places(self, layer: int, call) -> Places:
         """

@@ -127,7 +127,7 @@ class SparseLayer:
                 "forward when a step begins; attach TokenSeek first; or call undo() on the handle."
             )
         if lemo is None or not lemo.drops(self.index):
-            return original(*args, **kwargs)
+            return self._run_on_all(original, args, kwargs, lemo)
         call = LayerCall(self.layer, original, args, kwargs)
         places = lemo.places(self.index, call)
         run = self._detach if self.config.mode == "detach" else self._elide
@@ -137,6 +137,10 @@ class SparseLayer:
             hidden = run(call, call.hidden, places, lemo)
         with self.sublayers.mlp_only(), self._counting(call, lemo):
             return call(hidden, None, call.seek)
+
+    def _run_on_all(self, original: Callable, args: tuple, kwargs: dict, lemo: Elimination | None):
+        state = kwargs.get("seek") if lemo is None else lemo.watching(self.index, kwargs.get("seek"))
+        return original(*args, **(kwargs if state is None else {**kwargs, "seek": state}))
 
     def _counting(self, call: LayerCall, lemo: Elimination) -> AbstractContextManager:
         """Tells the MLP which rows are real tokens."""

@@ -65,6 +65,9 @@ class Scorer:
         blocks = elimination.blocks
         return torch.rand(len(blocks.counts), blocks.count, generator=generator).to(call.hidden.device)
 
+    def _watched(self, layer: int, call, elimination) -> Tensor:
+        return elimination.watch.scores
+
     def _recency(self, layer: int, call, elimination) -> Tensor:
         blocks = elimination.blocks
         index = torch.arange(blocks.count, dtype=torch.float32, device=call.hidden.device)
@@ -80,6 +83,7 @@ _SCORES: dict[str, Callable] = {
     "pooled": lambda scorer, layer, call, elimination: scorer.pooled(layer, call, elimination.blocks),
     "oracle": lambda scorer, layer, call, elimination: scorer.oracle(layer, call, elimination.blocks),
     "predictor": Scorer._predicted,
+    "previous_layer": Scorer._watched,
     "random": Scorer._random,
     "recency": Scorer._recency,
 }

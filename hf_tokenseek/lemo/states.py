@@ -8,9 +8,10 @@ by the function that `register_attention` has registered.
 import torch
 from torch import Tensor
 
-from tokenseek_kernels import attention_mass, causal_attention, selected_attention
+from tokenseek_kernels import causal_attention, selected_attention
 
-from ..seek.attention import DitchState, ScoutState, compact
+from ..seek.attention import DitchState, ScoutState, compact, received_mass
+from .blocks import Blocks
 
 
 class Places:
@@ -115,9 +116,8 @@ class KeptScoutState:
         scout.keep(module, *states)
         if scout.mass_rows is not None:
             slots = places.slots(scout.mass_rows)
-            index = slots.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
             rows = scout.mass_rows.masked_fill(slots < 0, -1) if spreads else slots
-            mass = attention_mass(query.gather(2, index), states[0], rows, segments, **own)
+            mass = received_mass(query, states[0], slots, rows, segments, **own)
             scout.add_mass(mass if spreads else places.to_positions(mass))
         if spreads:
             return selected_attention(query, key, value, *states, places.rows, segments, **own)
@@ -143,6 +143,52 @@ class KeptDitchState:
         own = rule if spreads else rule | {"window": None}
         segments = self.places.segments(spreads)
         return selected_attention(query, key, value, *self.ditch.kept[module], rows, segments, **own)
+
+
+class Watch:
+    """
+    How much attention the blocks get in a layer that runs on all tokens.
+
+    Args:
+        blocks ([`Blocks`]): of the micro-batch; queries of those that ask count.
+        visibility (`torch.Tensor`, *optional*): document numbers where they restrict attention.
+
+    Attributes:
+        scores (`torch.FloatTensor` of shape `(batch, blocks)`, *optional*): what has been seen.
+    """
+
+    def __init__(self, blocks: Blocks, visibility: Tensor | None):
+        self.blocks, self.visibility = blocks, visibility
+        self.scores: Tensor | None = None
+
+    @torch.no_grad()
+    def see(self, query: Tensor, key: Tensor, **rule) -> None:
+        """Adds up the attention of the layer's first call; who computes it again does not change what was chosen."""
+        if self.scores is None:
+            asking = self.blocks.asking(self.blocks.config.queries)[:, :, None]
+            rows = self.blocks.tokens.masked_fill(~asking, -1).flatten(1)
+            mass = received_mass(query, key, rows, rows, self.visibility, **rule)
+            self.scores = self.blocks.at_tokens(mass, 0.0).sum(2)
+
+
+class WatchedState:
+    """
+    Attention as it is, watched.
+
+    Args:
+        inner (*optional*): the state that the layer has anyway; plain attention otherwise.
+        watch ([`Watch`]): sees it.
+    """
+
+    def __init__(self, inner, watch: Watch):
+        self.inner, self.watch = inner, watch
+
+    def attend(self, module, query: Tensor, key: Tensor, value: Tensor, **rule) -> Tensor:
+        """`(batch, n, heads, value_dim)`."""
+        self.watch.see(query, key, **rule)
+        if self.inner is not None:
+            return self.inner.attend(module, query, key, value, **rule)
+        return causal_attention(query, key, value, self.watch.visibility, **rule)
 
 
 class PeekState:

@@ -64,11 +64,7 @@ class ScoutState:
         key_kept, value_kept = compact(key), compact(value)
         self.keep(module, key_kept, value_kept)
         if self.mass_rows is not None and self.last_of in (None, len(self.kept)):
-            own = {**rule, "sinks": None if rule["sinks"] is None else rule["sinks"].detach()}
-            index = self.mass_rows.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
-            self.add_mass(
-                attention_mass(query.detach().gather(2, index), key_kept, self.mass_rows, self.segments, **own)
-            )
+            self.add_mass(received_mass(query, key_kept, self.mass_rows, self.mass_rows, self.segments, **rule))
         # with gradient where the paper's partial backward runs through the last block
         return causal_attention(query, key, value, self.segments, **rule)
 
@@ -89,6 +85,22 @@ class DitchState:
     def attend(self, module, query, key, value, **rule) -> Tensor:
         """Attention of the selected rows; `(batch, k, heads, value_dim)`."""
         return selected_attention(query, key, value, *self.kept[module], self.rows, self.segments, **rule)
+
+
+def received_mass(query: Tensor, key: Tensor, slots: Tensor, rows: Tensor, segments: Tensor | None, **rule) -> Tensor:
+    """
+    The attention that each key receives from some of the queries, `(batch, keys)`, without gradient.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, n, dim)`): all queries.
+        key (`torch.Tensor` of shape `(batch, kv_heads, keys, dim)`): all keys.
+        slots (`torch.LongTensor` of shape `(batch, m)`): which queries count, -1 for none.
+        rows (`torch.LongTensor` of shape `(batch, m)`): where these stand among the keys, -1 for those that count not.
+        segments, rule: as in [`attention_mass`].
+    """
+    index = slots.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+    rule["sinks"] = None if rule["sinks"] is None else rule["sinks"].detach()
+    return attention_mass(query.detach().gather(2, index), key.detach(), rows, segments, **rule)
 
 
 def compact(states: Tensor) -> Tensor:

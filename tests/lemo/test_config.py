@@ -61,6 +61,9 @@ def test_documented_defaults_are_the_defaults():
         ({"thresholds": [1.0], "score": "recency"}, "Use one of .*'pooled', 'oracle', 'predictor'"),
         ({"score": "predictor"}, "score='predictor' and predictor=None do not fit together.*train_predictor.py"),
         ({"predictor": "folder"}, "score='pooled' and predictor='folder' do not fit together"),
+        ({"score": "previous_layer", "rescore": 1}, "needs rescore=0, .*got rescore=1.*or set score='pooled'"),
+        ({"score": "previous_layer", "dense_first": 0}, "dense_first of at least 1.*dense_first=0"),
+        ({"score": "previous_layer", "queries": "earlier"}, "no queries='earlier', got .*queries='earlier'"),
         ({"mode": "detach", "mlp": "neurons"}, "mode='detach' runs the MLP of kept tokens.*mlp='tokens' or mlp='den"),
     ],
 )
