@@ -14,12 +14,14 @@ from ..patching import find_causal_lm, find_layers
 from ..seek.attach import SeekHandle
 from ..seek.attention import leave_attention, use_attention
 from ..seek.batch import IGNORE
+from ..seek.cost import is_checkpointed
 from ..sublayers import Sublayers
 from .blocks import Blocks, Layout
 from .config import LemoConfig
 from .elimination import Elimination
 from .layer import SparseLayer
 from .neurons import NeuronMlp, check_form
+from .offload import Offload
 from .predictor import Predictor
 from .refusals import check_model, check_with_seek
 from .scores import Scorer
@@ -38,6 +40,7 @@ class LemoHandle:
         attached_to (`nn.Module`): the model as it was given.
         shares (`list[float]`): share of blocks that each layer keeps (at most, with thresholds).
         elimination ([`Elimination`], *optional*): the choices of the last forward pass.
+        offload ([`Offload`], *optional*): what layers keep in the host's memory.
         telemetry ([`Telemetry`]): figures since they were last read.
 
     Raises:
@@ -68,8 +71,9 @@ class LemoHandle:
             NeuronMlp(own.mlp, config.neurons) if has else None
             for own, has in zip(sublayers, with_neurons, strict=True)
         ]
+        self.offload = Offload(config.offload_gib, self.shares) if config.offload_gib else None
         self._layers = [
-            SparseLayer(layer, index, *own, config)
+            SparseLayer(layer, index, *own, config, self.offload)
             for index, (layer, *own) in enumerate(zip(layers, sublayers, self._neurons, strict=True))
         ]
         self._patch_forward()
@@ -145,6 +149,12 @@ class LemoHandle:
                 does = "all tokens" if share == 1 else f"{share:.3g} of the blocks"
                 lines.append(f"  layers {f'{first} to {layer - 1}':10} run on {does}")
                 first = layer
+        if self.offload is not None:
+            parts = sorted(size / 2**20 for size in self.offload.budgets)
+            lines.append(
+                f"  up to {config.offload_gib:.4g} GiB of what they keep move to the host, {parts[0]:.4g} to "
+                f"{parts[-1]:.4g} MiB of each"
+            )
         saved = "computed without gradient" if config.mode == "detach" else "handed on"
         mean = sum(self.shares) / layers
         lines.append(f"  dropped tokens are {saved}; a layer runs on {mean:.3f} of the tokens on average")
@@ -182,6 +192,12 @@ class LemoHandle:
                 "LeMo's layers keep other tokens each, and got a cache of all (past_key_values, or use_cache=True). "
                 "Train without one, and call generate() of the sparse model with use_cache=False."
             )
+        if self.offload is not None and is_checkpointed(self.model):
+            raise ValueError(
+                f"LeMo's offload_gib={self.config.offload_gib} moves what layers keep, and checkpointed ones keep "
+                "their inputs only. Set offload_gib=0 and gradient_checkpointing_kwargs={'offload': True}, or turn "
+                "gradient checkpointing off."
+            )
         layout = Layout.read(named)
         labelled = layout.targets != IGNORE
         elimination = self.begin(layout)
@@ -198,6 +214,8 @@ class LemoHandle:
             return output if layout.labelled else _changed(output, named, torch.nan_to_num)
         finally:
             elimination.forget()
+            if self.offload is not None:
+                self.telemetry.offloaded(self.offload)
 
     def _with_kept_labels(self, original: Callable, named: dict, elimination: Elimination, labelled: Tensor):
         """The loss of labels that are predicted by tokens which every layer has computed; they stand for all."""

@@ -72,6 +72,10 @@ class LemoConfig(MethodConfig):
             keeps the `neurons` largest columns for the backward pass (weights of the MLP have to be frozen).
         neurons (`float`, *optional*, defaults to 0.2):
             Share of the MLP's inner columns kept by `mlp="neurons"`.
+        offload_gib (`float`, *optional*, defaults to 0.0):
+            Memory of the host, in GiB, that a micro-batch may use for what its layers keep for the backward pass; each
+            has a part in proportion to the tokens it keeps. Not with gradient checkpointing, whose
+            `gradient_checkpointing_kwargs={"offload": True}` moves what it keeps. No effect on the CPU.
         predictor (`str`, *optional*):
             Folder of a trained predictor, see `recipes/train_predictor.py`.
         probe_steps (`int`, *optional*, defaults to 0):
@@ -105,6 +109,7 @@ class LemoConfig(MethodConfig):
     mode: str = field(default="elide", metadata={"help": f"What dropped tokens do: {', '.join(MODES)}."})
     mlp: str = field(default="tokens", metadata={"help": f"What the MLP runs on: {', '.join(MLPS)}."})
     neurons: float = field(default=0.2, metadata={"help": "Share of MLP columns kept by mlp='neurons'."})
+    offload_gib: float = field(default=0.0, metadata={"help": "Host memory for what layers keep, in GiB."})
     predictor: str | None = field(default=None, metadata={"help": "Folder of a trained predictor."})
     probe_steps: int = field(default=0, metadata={"help": "Measure the choice every so many steps."})
     seed: int = field(default=0, metadata={"help": "Seed of all that is random."})
@@ -115,6 +120,9 @@ class LemoConfig(MethodConfig):
         for name, least in (("block", 1), *((name, 0) for name in counts[1:-1])):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` should be at least {least}, got {getattr(self, name)}.")
+        self._check_kind(Real, "number", "offload_gib")
+        if not 0 <= self.offload_gib < float("inf"):
+            raise ValueError(f"`offload_gib` should be at least 0 and finite, got {self.offload_gib!r}.")
         words = {"score": SCORES, "queries": QUERIES, "loss": LOSSES, "mode": MODES, "mlp": MLPS}
         for name, allowed in words.items():
             self._check_allowed(name, allowed)

@@ -18,6 +18,7 @@ from ..sublayers import Sublayers
 from .config import LemoConfig
 from .elimination import Elimination
 from .neurons import NeuronMlp
+from .offload import Offload
 from .states import KeptDitchState, KeptScoutState, KeptState, PeekState, Places
 
 
@@ -100,6 +101,7 @@ class SparseLayer:
         sublayers ([`Sublayers`], *optional*): if its MLP runs on all tokens.
         neurons ([`NeuronMlp`], *optional*): if that MLP keeps its largest columns.
         config ([`LemoConfig`]): what becomes of dropped tokens.
+        offload ([`Offload`], *optional*): moves what the layer keeps to the host.
     """
 
     def __init__(
@@ -109,8 +111,10 @@ class SparseLayer:
         sublayers: Sublayers | None,
         neurons: NeuronMlp | None,
         config: LemoConfig,
+        offload: Offload | None,
     ):
         self.layer, self.index, self.sublayers, self.neurons, self.config = layer, index, sublayers, neurons, config
+        self.offload = offload
         self.patch = PatchedForward(layer, self._run, when=lambda: True)
 
     def undo(self) -> None:
@@ -126,8 +130,12 @@ class SparseLayer:
                 "attach(), or its backbone was called directly. Attach by LemoCallback, which goes around a new "
                 "forward when a step begins; attach TokenSeek first; or call undo() on the handle."
             )
-        if lemo is None or not lemo.drops(self.index):
-            return self._run_on_all(original, args, kwargs, lemo)
+        with nullcontext() if lemo is None or self.offload is None else self.offload.of(self.index):
+            if lemo is None or not lemo.drops(self.index):
+                return self._run_on_all(original, args, kwargs, lemo)
+            return self._run_on_kept(original, args, kwargs, lemo)
+
+    def _run_on_kept(self, original: Callable, args: tuple, kwargs: dict, lemo: Elimination) -> Tensor:
         call = LayerCall(self.layer, original, args, kwargs)
         places = lemo.places(self.index, call)
         run = self._detach if self.config.mode == "detach" else self._elide

@@ -77,6 +77,8 @@ def refuse_arguments(args: TrainingArguments, config: LemoConfig) -> None:
             "LeMo does not support use_liger_kernel=True: its forward does not hand LeMo's keyword down to the "
             "layers. Set use_liger_kernel=False; lean=True has the layers."
         )
+    if config.offload_gib:
+        _refuse_other_offloads(args, config)
     if config.mode == "detach" or config.loss == "all":
         return
     if args.label_smoothing_factor:
@@ -90,4 +92,17 @@ def refuse_arguments(args: TrainingArguments, config: LemoConfig) -> None:
         raise ValueError(
             f"LeMo does not support {what} with loss='kept': it has to see all labels, each as it is. Set loss='all' "
             "or mode='detach'."
+        )
+
+
+def _refuse_other_offloads(args: TrainingArguments, config: LemoConfig) -> None:
+    asked = f"LeMo's offload_gib={config.offload_gib}"
+    if args.gradient_checkpointing:
+        raise ValueError(
+            f"{asked} does not go with gradient_checkpointing=True, which keeps the layers' inputs only. Set "
+            "offload_gib=0 and gradient_checkpointing_kwargs={'offload': True}, or gradient_checkpointing=False."
+        )
+    if getattr(args, "activation_offloading", False):
+        raise ValueError(
+            f"{asked} does not go with activation_offloading=True, which moves everything. Leave one out."
         )

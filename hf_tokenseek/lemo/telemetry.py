@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Blocks, Kept
+from .offload import Offload
 
 
 class Telemetry:
@@ -20,6 +21,10 @@ class Telemetry:
         self._add("lemo/kept_share", kept.share)
         if blocks.config.thresholds is not None or isinstance(blocks.config.keep, Sequence):
             self._add(f"lemo/kept_share/layer_{layer}", kept.share)
+
+    def offloaded(self, offload: Offload) -> None:
+        """A forward pass has moved what its layers keep."""
+        self._add("lemo/offloaded_mib", torch.tensor(sum(offload.moved) / 2**20))
 
     def probe(self, kept: Kept, blocks: Blocks, scores: Tensor) -> None:
         """
@@ -45,7 +50,8 @@ class Telemetry:
             `dict[str, float]`: `lemo/kept_share`, the share of real tokens that a layer which drops tokens has kept,
             also layer by layer where layers differ (a list in `keep`, thresholds); after probes
             `lemo/retained_score`, the share of the paper's score that the kept blocks have, and `lemo/recall`, which
-            share of the blocks it would have kept they are (choosing blindly gives the kept share).
+            share of the blocks it would have kept they are (choosing blindly gives the kept share);
+            `lemo/offloaded_mib`, what a micro-batch's layers have moved to the host.
         """
         found = {name: total.item() / count for name, (total, count) in self._found.items()}
         if reset:

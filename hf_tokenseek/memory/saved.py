@@ -77,7 +77,7 @@ class SavedActivations:
 
     def _pack(self, tensor: Tensor) -> Tensor:
         self.tensors += 1
-        if not _is_parameter(tensor):
+        if not is_parameter(tensor):
             self._storages.add(tensor)
             if self._seen is not None:
                 self._seen(tensor)
@@ -85,8 +85,8 @@ class SavedActivations:
         return tensor if tensor.grad_fn is None else tensor.detach()
 
 
-def _is_parameter(tensor: Tensor) -> bool:
-    """Parameters that are not the model's own occur too: FSDP puts gathered ones in their place."""
+def is_parameter(tensor: Tensor) -> bool:
+    """Whether it is one or a view of one, also of those that are not the model's: FSDP puts gathered ones in place."""
     root = tensor if tensor._base is None else tensor._base
     return root.grad_fn is None and isinstance(root, nn.Parameter)
 
@@ -95,6 +95,11 @@ def _unpack(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def top_hooks() -> tuple[Callable, Callable] | None:
+    """The saved-tensor hooks that see tensors now, `(pack, unpack)`; new ones would switch them off."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
 def other_hooks_active() -> bool:
     """Whether saved-tensor hooks are set already, which counting would switch off."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return top_hooks() is not None

@@ -23,6 +23,11 @@ def as_on_a_gpu() -> Iterator[None]:
         _planning = before
 
 
+def is_on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether the tensor lies where Triton runs, or would if it were real, see [`as_on_a_gpu`]."""
+    return _planning or tensor.device.type in TRITON_DEVICES
+
+
 def resolve_impl(impl: str, tensor: torch.Tensor, allowed: tuple[str, ...] = IMPLEMENTATIONS) -> str:
     """
     Turns `impl` into the name of the implementation to run.
@@ -38,7 +43,7 @@ def resolve_impl(impl: str, tensor: torch.Tensor, allowed: tuple[str, ...] = IMP
     Raises:
         ValueError: `impl` is unknown, or it is `"triton"` and Triton cannot run on the tensor's device.
     """
-    on_gpu = _planning or tensor.device.type in TRITON_DEVICES
+    on_gpu = is_on_gpu(tensor)
     if impl == "auto":
         return "triton" if on_gpu and "triton" in allowed else "torch"
     if impl not in allowed:
