@@ -17,8 +17,8 @@ from .callbacks import (
     StatefulCallback,
     VeloraCallback,
 )
-from .callbacks.method import MethodCallback
 from .callbacks.out_of_memory import explained_out_of_memory
+from .callbacks.ownership import Attaching
 from .ist.zero import group_by_layer
 from .lemo.predictor import copy_predictor
 from .model_card import write_model_card
@@ -38,7 +38,7 @@ def _given_back(callbacks: list) -> Iterator[None]:
 
 def _detach(callbacks: Iterable) -> None:
     for callback in callbacks:
-        if isinstance(callback, (SeekCallback, LeanCallback, MethodCallback)):
+        if isinstance(callback, (SeekCallback, Attaching)):
             callback.detach()
 
 

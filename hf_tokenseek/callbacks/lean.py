@@ -1,12 +1,13 @@
 """Lean layers in any `Trainer`, as a callback."""
 
+from torch import nn
 from transformers import TrainerCallback
 
 from ..lean import LeanHandle, check_tiles
-from .ownership import disown, is_owner, own, take_over
+from .ownership import Attaching
 
 
-class LeanCallback(TrainerCallback):
+class LeanCallback(Attaching, TrainerCallback):
     """
     Trains with lean layers in any `Trainer`: exact norms, MLPs and LoRA layers that save less for backward.
 
@@ -26,14 +27,19 @@ class LeanCallback(TrainerCallback):
             `use_liger_kernel` has replaced the layers already.
     """
 
+    handle_type = LeanHandle
+
     def __init__(self, mlp_tiles: int = 1):
         self.mlp_tiles = check_tiles(mlp_tiles)
-        self.handle: LeanHandle | None = None
 
     @property
     def settings(self) -> dict[str, bool | int]:
         """The training arguments that say the same."""
         return {"lean": True, **({"mlp_tiles": self.mlp_tiles} if self.mlp_tiles > 1 else {})}
+
+    def build(self, model: nn.Module) -> LeanHandle:
+        """Lean layers in `model`."""
+        return LeanHandle(model, self.mlp_tiles)
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
         if args.use_liger_kernel:
@@ -41,27 +47,9 @@ class LeanCallback(TrainerCallback):
                 "lean layers do not support `use_liger_kernel`=True: both replace the same layers. Set one of them to "
                 "False."
             )
-        self._attach(model)
+        self.attach(model)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        self._attach(model)
+        self.attach(model)
         if state.is_local_process_zero:
             print(self.handle.swapped(), flush=True)
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.detach()
-
-    def detach(self) -> None:
-        """Gives the model back as it was, if it is attached to one."""
-        if self.handle is not None:
-            disown(self.handle.model, self.handle)
-        self.handle = None
-
-    def _attach(self, model) -> None:
-        # `model_init` makes another model than the one that `__init__` has seen
-        if self.handle is not None and not (self.handle.model is model and is_owner(model, self.handle)):
-            self.detach()
-        if self.handle is None:
-            take_over(model, LeanHandle)
-            self.handle = LeanHandle(model, self.mlp_tiles)
-            own(model, self.handle)

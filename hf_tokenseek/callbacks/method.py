@@ -6,10 +6,10 @@ from torch import nn
 
 from ..method_config import MethodConfig
 from .logging import LoggedMetrics
-from .ownership import disown, is_owner, own, take_over
+from .ownership import Attaching
 
 
-class MethodCallback(LoggedMetrics):
+class MethodCallback(Attaching, LoggedMetrics):
     """
     Base of the callbacks that attach a handle to the model when a run begins and take it off when it ends.
 
@@ -31,23 +31,10 @@ class MethodCallback(LoggedMetrics):
         self.config = self.config_type() if config is None else self.config_type.parse(config)
         if self.config is None:
             raise ValueError(f"{type(self).__name__} was told to be off. Leave it out of `callbacks` instead.")
-        self.handle = None
 
-    def attach(self, model: nn.Module) -> None:
-        """Attaches the method to `model`, unless it is; in place of what another trainer has attached to it."""
-        # `model_init` makes another model than the one that `__init__` has seen
-        if self.handle is not None and not (self.handle.attached_to is model and is_owner(model, self.handle)):
-            self.detach()
-        if self.handle is None:
-            take_over(model, self.handle_type)
-            self.handle = self.handle_type(model, self.config)
-            own(model, self.handle)
-
-    def detach(self) -> None:
-        """Gives the model back as it was, if it is attached to one."""
-        if self.handle is not None:
-            disown(self.handle.attached_to, self.handle)
-        self.handle = None
+    def build(self, model: nn.Module):
+        """The method on `model`."""
+        return self.handle_type(model, self.config)
 
     def prepare(self, args, state, optimizer) -> None:
         """Whatever is to be done between attaching and training; raises `ValueError` if the run cannot go on."""
@@ -61,6 +48,3 @@ class MethodCallback(LoggedMetrics):
             raise
         if state.is_local_process_zero:
             print(self.handle.swapped(), flush=True)
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.detach()

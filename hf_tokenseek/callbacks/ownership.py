@@ -1,6 +1,6 @@
-"""Whose handle a model has: the newest trainer's, and nobody's after a run."""
+"""Whose handle a model has: the newest trainer's, and nobody's after a run; and callbacks that put one on it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -40,3 +40,39 @@ def disown(model: nn.Module, handle: Any) -> None:
         take_over(model, type(handle))
     if not vars(model).get(_NAME, True):
         delattr(model, _NAME)
+
+
+class Attaching:
+    """
+    A callback that puts a handle on the model when a run begins, and takes it off when it ends.
+
+    Attributes:
+        handle_type (`type`): what is put on the model; knows it as `attached_to`.
+        handle (*optional*): the attached one.
+    """
+
+    handle_type: ClassVar[type]
+    handle: Any = None
+
+    def build(self, model: nn.Module) -> Any:
+        """A handle on `model`."""
+        raise NotImplementedError
+
+    def attach(self, model: nn.Module) -> None:
+        """Attaches to `model`, unless it is; in place of what another trainer has attached to it."""
+        # `model_init` makes another model than the one that `__init__` has seen
+        if self.handle is not None and not (self.handle.attached_to is model and is_owner(model, self.handle)):
+            self.detach()
+        if self.handle is None:
+            take_over(model, self.handle_type)
+            self.handle = self.build(model)
+            own(model, self.handle)
+
+    def detach(self) -> None:
+        """Gives the model back as it was, if it is attached to one."""
+        if self.handle is not None:
+            disown(self.handle.attached_to, self.handle)
+        self.handle = None
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.detach()

@@ -46,6 +46,7 @@ class LeanHandle:
         mlp_tiles (`int`, *optional*, defaults to 1): tiles of rows that each MLP is computed in, see [`tiled`].
 
     Attributes:
+        attached_to (`nn.Module`): the model as it was given.
         swaps (`dict[nn.Module, Swap]`): what was swapped.
         left_alone (`Counter`): class names of norms and MLPs that stay plain because no lean form computes the same.
 
@@ -54,7 +55,7 @@ class LeanHandle:
     """
 
     def __init__(self, model: nn.Module, mlp_tiles: int = 1):
-        self.model, self.mlp_tiles = model, check_tiles(mlp_tiles)
+        self.attached_to, self.mlp_tiles = model, check_tiles(mlp_tiles)
         self.swaps: dict[nn.Module, Swap] = {}
         self.left_alone: Counter[str] = Counter()
         if any(hasattr(type(module), "_plain_class") for module in model.modules()):
@@ -98,7 +99,9 @@ class LeanHandle:
             (swap.kind, type(module).__name__.removeprefix("Lean"), swap.before, swap.after)
             for module, swap in self.swaps.items()
         )
-        lines = [f"Lean layers in {type(self.model).__name__}: exact; bytes saved a token, H wide, I inside an MLP"]
+        lines = [
+            f"Lean layers in {type(self.attached_to).__name__}: exact; bytes saved a token, H wide, I inside an MLP"
+        ]
         for (kind, name, before, after), count in rows.items():
             lines.append(f"  {kind:5} {name:24} {count:4} x   {before:>18} -> {after}")
         if self.left_alone:
