@@ -114,7 +114,7 @@ class KeptScoutState:
         states = (places.spread(key), places.spread(value)) if spreads else (compact(key), compact(value))
         own = rule if spreads else rule | {"window": None}
         scout.keep(module, *states)
-        if scout.mass_rows is not None:
+        if scout.collects:
             slots = places.slots(scout.mass_rows)
             rows = scout.mass_rows.masked_fill(slots < 0, -1) if spreads else slots
             mass = received_mass(query, states[0], slots, rows, segments, **own)

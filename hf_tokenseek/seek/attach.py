@@ -56,6 +56,8 @@ class SeekHandle:
         check_adapters(model, self.model)
         check_loss(self.model)
         self.decoder = Decoder(self.model)
+        # before anything of the model is replaced
+        self.config.layers(len(self.decoder.layers))
         if patched_by(self.model, SeekHandle):
             raise ValueError("TokenSeek is attached to this model already. Call undo() on the first handle.")
         self.original_attention = original_attention(self.model)

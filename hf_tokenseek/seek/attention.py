@@ -7,6 +7,7 @@ the attention function. Without the keyword the function is the implementation t
 
 import sys
 import weakref
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -28,11 +29,13 @@ class ScoutState:
         segments (`torch.LongTensor` of shape `(batch, n)`, *optional*): document numbers where they matter.
         mass_rows (`torch.LongTensor` of shape `(batch, m)`, *optional*): the queries whose attention counts, -1 for
             empty slots; `None` collects nothing.
-        last_of (`int`, *optional*): count only the attention of this many-th (the last) attention call.
+        layers (`Collection[int]`, *optional*): whose attention counts, by the order of the calls; all if not given.
     """
 
-    def __init__(self, segments: Tensor | None, mass_rows: Tensor | None = None, last_of: int | None = None):
-        self.segments, self.mass_rows, self.last_of = segments, mass_rows, last_of
+    def __init__(
+        self, segments: Tensor | None, mass_rows: Tensor | None = None, layers: Collection[int] | None = None
+    ):
+        self.segments, self.mass_rows, self.layers = segments, mass_rows, layers
         self.kept: dict[torch.nn.Module, tuple[Tensor, Tensor]] = {}
         self.mass: Tensor | None = None
 
@@ -55,6 +58,11 @@ class ScoutState:
             )
         self.kept[module] = key, value
 
+    @property
+    def collects(self) -> bool:
+        """Whether the attention of the layer that was kept last counts."""
+        return self.mass_rows is not None and (self.layers is None or len(self.kept) - 1 in self.layers)
+
     def add_mass(self, mass: Tensor) -> None:
         """Adds the attention that each position received in one layer, `(batch, n)`."""
         self.mass = mass if self.mass is None else self.mass.add_(mass)
@@ -63,7 +71,7 @@ class ScoutState:
         """Plain attention of all rows; `(batch, n, heads, value_dim)`."""
         key_kept, value_kept = compact(key), compact(value)
         self.keep(module, key_kept, value_kept)
-        if self.mass_rows is not None and self.last_of in (None, len(self.kept)):
+        if self.collects:
             self.add_mass(received_mass(query, key_kept, self.mass_rows, self.mass_rows, self.segments, **rule))
         # with gradient where the paper's partial backward runs through the last block
         return causal_attention(query, key, value, self.segments, **rule)

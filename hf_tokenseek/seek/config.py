@@ -17,6 +17,7 @@ READ_BY = {
     "gradient_norm": ("paper",),
     "context_bias": ("context", "hybrid", "paper"),
     "evidence_queries": ("evidence",),
+    "attention_layers": ("evidence", "context", "hybrid"),
 }
 # the scores that are 0 wherever there is no label
 OF_LABELS = ("gradient", "loss")
@@ -76,6 +77,9 @@ class SeekConfig(MethodConfig):
             proportion to the score.
         evidence_queries (`int`, *optional*, defaults to 64):
             How many labelled queries of a sequence, evenly spaced, vote at most in `"evidence"`; bounds its cost.
+        attention_layers (`list[int]`, *optional*):
+            Layers whose attention counts in `"evidence"`, `"context"` and `"hybrid"`, all of them if not given; -1 is
+            the last one. Fewer make scouting cheaper.
         plain_fallback (`bool`, *optional*, defaults to `True`):
             Train a micro-batch plainly where so many rows are selected that scouting cannot pay.
         probe_steps (`int`, *optional*, defaults to 0):
@@ -107,6 +111,9 @@ class SeekConfig(MethodConfig):
     context_bias: str = field(default="none", metadata={"help": "Causal-bias correction: none, count or harmonic."})
     temperature: float = field(default=0.0, metadata={"help": "Above 0: stochastic top-k with weighted losses."})
     evidence_queries: int = field(default=64, metadata={"help": "Labelled queries that vote at most in 'evidence'."})
+    attention_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers whose attention counts; all of them if not given."}
+    )
     plain_fallback: bool = field(default=True, metadata={"help": "Train plainly where scouting cannot pay."})
     probe_steps: int = field(default=0, metadata={"help": "Measure gradient fidelity every so many steps; 0 is off."})
     seed: int = field(default=0, metadata={"help": "Seed of random scores and of the stochastic top-k."})
@@ -126,6 +133,7 @@ class SeekConfig(MethodConfig):
         self._check_allowed("mix", MIXES)
         self._check_allowed("gradient_norm", GRADIENT_NORMS)
         self._check_allowed("context_bias", CONTEXT_BIASES)
+        self._check_layers()
         if self.evidence_queries < 1:
             raise ValueError(f"`evidence_queries` should be at least 1, got {self.evidence_queries}.")
         for name in ("temperature", "probe_steps"):
@@ -154,6 +162,14 @@ class SeekConfig(MethodConfig):
                 "as 'evidence'."
             )
 
+    def _check_layers(self) -> None:
+        layers = self.attention_layers
+        if layers is None:
+            return
+        numbers = isinstance(layers, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in layers)
+        if not numbers or not layers:
+            raise ValueError(f"`attention_layers` should be a list of whole numbers, got {layers!r}. None means all.")
+
     def _check_budget(self) -> None:
         if self.budget_gib is None:
             return
@@ -166,6 +182,21 @@ class SeekConfig(MethodConfig):
     def is_everything(self) -> bool:
         """Whether every token is selected, as in plain training."""
         return self.ratio == 1 or (self.context == 1 and self.labelled == 1)
+
+    def layers(self, count: int) -> set[int] | None:
+        """
+        Which of a model's `count` layers have an attention that counts; `None` for all.
+
+        Raises:
+            ValueError: `attention_layers` names one that the model does not have.
+        """
+        for layer in self.attention_layers or []:
+            if not -count <= layer < count:
+                raise ValueError(
+                    f"`attention_layers` has {layer}, the model has {count} layers. Use 0 to {count - 1}, or -1 to "
+                    f"-{count} from the last one back."
+                )
+        return None if self.attention_layers is None else {layer % count for layer in self.attention_layers}
 
     def resolved(self, trained_share: float = 1.0) -> "SeekConfig":
         """

@@ -78,7 +78,7 @@ def train_selected(
     generator = torch.Generator().manual_seed(mixed_seed(config.seed, *place))
     score = SCORE_FUNCTIONS[config.score]
     with phase("scout"):
-        scouted, found = decoder.scout(batch, score, config.evidence_queries)
+        scouted, found = decoder.scout(batch, score, config)
     with phase("select"):
         candidates = batch.computed()
         scores = score.compute(found, candidates, config, generator)

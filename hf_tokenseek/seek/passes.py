@@ -14,6 +14,7 @@ from ..patching import evaluating, find_layers
 from ..sublayers import Sublayers
 from .attention import DitchState, ScoutState
 from .batch import IGNORE, Batch
+from .config import SeekConfig
 from .scores import Score, Scouted
 from .select import Selection, labelled_rows, real_rows
 
@@ -42,12 +43,13 @@ class Decoder:
         _, self.layers = find_layers(model)
         self.heads = config.num_attention_heads
 
-    def scout(self, batch: Batch, score: Score, most_queries: int) -> tuple[ScoutState, Scouted]:
+    def scout(self, batch: Batch, score: Score, config: SeekConfig) -> tuple[ScoutState, Scouted]:
         """Runs all rows without gradient and without dropout; keeps keys and values and what `score` asks for."""
         mass_rows = None
         if score.mass_from is not None:
-            mass_rows = real_rows(batch) if score.mass_from == "all" else labelled_rows(batch, most_queries)
-        state = ScoutState(batch.visibility, mass_rows, len(self.layers) if score.last_block else None)
+            mass_rows = real_rows(batch) if score.mass_from == "all" else labelled_rows(batch, config.evidence_queries)
+        last = len(self.layers) - 1
+        state = ScoutState(batch.visibility, mass_rows, [last] if score.last_block else config.layers(last + 1))
         with torch.no_grad(), evaluating(self.model):
             if score.last_block:
                 gradient = self._last_block_gradient(batch, state)

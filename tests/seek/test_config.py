@@ -13,7 +13,14 @@ from tokenseek_kernels import HeadStatistics
 
 # every field once, none of them without effect
 WRITTEN = [
-    {"context": 0.2, "labelled": 0.5, "evidence_queries": 7, "plain_fallback": False, "probe_steps": 50},
+    {
+        "context": 0.2,
+        "labelled": 0.5,
+        "evidence_queries": 7,
+        "attention_layers": [1, -1],
+        "plain_fallback": False,
+        "probe_steps": 50,
+    },
     {"ratio": "auto", "budget_gib": 7.5, "score": "hybrid", "alpha": 0.7, "beta": 0.0, "mix": "zscore"},
     {"score": "paper", "gradient_norm": "l1", "context_bias": "count", "temperature": 1.0, "seed": 3},
 ]
@@ -84,6 +91,9 @@ def test_unknown_fields_are_named_beside_the_known():
         ("gradient_norm", "l3", str(list(GRADIENT_NORMS))),
         ("context_bias", None, str(list(CONTEXT_BIASES))),
         ("evidence_queries", 0, "at least 1"),
+        ("attention_layers", [], "a list of whole numbers"),
+        ("attention_layers", [0.5], "a list of whole numbers"),
+        ("attention_layers", 1, "a list of whole numbers"),
         ("temperature", -1.0, "0 (off) or positive"),
         ("temperature", float("nan"), "0 (off) or positive"),
         ("probe_steps", -1, "0 (off) or positive"),
@@ -119,6 +129,7 @@ def test_a_budget_is_one_of_the_automatic_ratio():
         ({"mix": "zscore", "score": "paper"}, r"mix='zscore' has no effect with score='paper'.*\['hybrid'\]"),
         ({"gradient_norm": "l1", "score": "hybrid"}, "gradient_norm='l1' has no effect with score='hybrid'"),
         ({"context_bias": "count"}, "context_bias='count' has no effect with score='evidence'"),
+        ({"attention_layers": [0], "score": "random"}, "attention_layers=.0. has no effect with score='random'"),
         ({"evidence_queries": 3, "score": "context"}, "evidence_queries=3 has no effect with score='context'"),
         ({"score": "loss"}, "score='loss' says nothing of .*context=0 .*ratio=.*'evidence'"),
         ({"score": "gradient", "context": 0.3, "labelled": 0.5}, "score='gradient' says nothing of"),

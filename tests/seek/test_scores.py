@@ -37,10 +37,11 @@ def read(inputs, config=None):
     return prepare(config or SeekConfig(), *parts)
 
 
-def scout(model, inputs, score, queries=128):
+def scout(model, inputs, score, queries=128, layers=None):
     """The scouting pass's findings."""
+    config = SeekConfig(evidence_queries=queries, attention_layers=layers)
     with attach(model, seek=True) as handle:
-        return handle.seek.decoder.scout(read(inputs), SCORE_FUNCTIONS[score], queries)[1]
+        return handle.seek.decoder.scout(read(inputs), SCORE_FUNCTIONS[score], config)[1]
 
 
 def dense(model, inputs):
@@ -92,6 +93,25 @@ def test_evidence_of_some_of_the_labelled_queries(tiny_llama):
     rows = labelled_rows(read(inputs), 3)
     truth = maps.sum((0, 2)).gather(1, rows[:, :, None].expand(-1, -1, N)).sum(1)
     torch.testing.assert_close(scout(model, inputs, "evidence", 3).mass, truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["evidence", "context", "hybrid"])
+@pytest.mark.parametrize("layers", [[0], [-1], [2, 0], [0, 1, -1, 2]], ids=str)
+def test_mass_of_chosen_layers(tiny_llama, layers, score):
+    model, inputs = tiny_llama(), make_inputs("left")
+    maps, *_, targets = dense(model, inputs)
+    voters = targets != IGNORE if score == "evidence" else real_of(inputs)
+    truth = sum((maps[layer] * voters[:, None, :, None]).sum((1, 2)) for layer in {layer % 3 for layer in layers})
+    mass, real = scout(model, inputs, score, layers=layers).mass, real_of(inputs)
+    torch.testing.assert_close(mass[real], truth[real], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [[3], [0, -4]], ids=str)
+def test_layers_that_a_model_does_not_have_are_refused(tiny_llama, layers):
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=rf"`attention_layers` has {layers[-1]}, the model has 3 layers. Use 0 to 2"):
+        attach(model, seek={"attention_layers": layers})
+    attach(model, seek={"attention_layers": [-3, 2]}).undo()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
