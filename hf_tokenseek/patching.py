@@ -208,7 +208,7 @@ def attach(
     try:
         for name, (kind, config) in wanted.items():
             setattr(attached, name, kind(model, mlp_tiles if kind is LeanHandle else config))
-    except ValueError:
+    except BaseException:
         attached.undo()
         raise
     return attached

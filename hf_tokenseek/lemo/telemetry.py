@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..means import Means
 from .blocks import Blocks, Kept
 from .offload import Offload
 
@@ -13,18 +14,17 @@ class Telemetry:
     """Collects figures between two logs; numbers stay on their device until they are read."""
 
     def __init__(self):
-        # sum and count of each figure: a loop that never reads keeps no more
-        self._found: dict[str, tuple[Tensor, int]] = {}
+        self._means = Means()
 
     def kept(self, layer: int, kept: Kept, blocks: Blocks) -> None:
         """A layer has chosen."""
-        self._add("lemo/kept_share", kept.share)
+        self._means.add("lemo/kept_share", kept.share)
         if blocks.config.thresholds is not None or isinstance(blocks.config.keep, Sequence):
-            self._add(f"lemo/kept_share/layer_{layer}", kept.share)
+            self._means.add(f"lemo/kept_share/layer_{layer}", kept.share)
 
     def offloaded(self, offload: Offload) -> None:
         """A forward pass has moved what its layers keep."""
-        self._add("lemo/offloaded_mib", torch.tensor(sum(offload.moved) / 2**20))
+        self._means.add("lemo/offloaded_mib", sum(offload.moved) / 2**20)
 
     def probe(self, kept: Kept, blocks: Blocks, scores: Tensor) -> None:
         """
@@ -39,8 +39,8 @@ class Telemetry:
         mine = chosen(kept, blocks.count)
         order = scores.masked_fill(~blocks.exists, -1.0).argsort(dim=1, descending=True, stable=True).argsort(1)
         best = order < mine.sum(1, keepdim=True)
-        self._add("lemo/retained_score", (scores * mine).sum() / scores.sum().clamp(min=1e-12))
-        self._add("lemo/recall", (best & mine).sum() / best.sum().clamp(min=1))
+        self._means.add("lemo/retained_score", (scores * mine).sum() / scores.sum().clamp(min=1e-12))
+        self._means.add("lemo/recall", (best & mine).sum() / best.sum().clamp(min=1))
 
     def read(self, reset: bool = True) -> dict[str, float]:
         """
@@ -53,14 +53,7 @@ class Telemetry:
             share of the blocks it would have kept they are (choosing blindly gives the kept share);
             `lemo/offloaded_mib`, what a micro-batch's layers have moved to the host.
         """
-        found = {name: total.item() / count for name, (total, count) in self._found.items()}
-        if reset:
-            self._found.clear()
-        return found
-
-    def _add(self, name: str, value: Tensor) -> None:
-        total, count = self._found.get(name, (0.0, 0))
-        self._found[name] = total + value.double(), count + 1
+        return self._means.read(reset)
 
 
 def chosen(kept: Kept, count: int) -> Tensor:

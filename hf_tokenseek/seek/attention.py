@@ -7,7 +7,8 @@ the attention function. Without the keyword the function is the implementation t
 
 import sys
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ from tokenseek_kernels import attention_mass, causal_attention, selected_attenti
 
 from ..families import WINDOW_FROM_CONFIG
 
-_PREFIX = "tokenseek_"
+# in the names of all versions of FlashAttention, which transformers tells by it
+_FLASH = "flash"
+# the implementation below each registered one
+_ORIGINALS: dict[str, str] = {}
 # who needs the registered attention of which model
 _users: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakSet] = weakref.WeakKeyDictionary()
 
@@ -122,7 +126,9 @@ def _attention(original: str):
     def tokenseek_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, seek=None, **kwargs):
         if seek is None:
             plain = _original_attention(module, original)
-            return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+            # FlashAttention reads in the configuration which of its versions it is
+            with _named(module.config, original) if _FLASH in original else nullcontext():
+                return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         if not getattr(module, "is_causal", True):
             raise ValueError(f"{type(module).__name__} is not causal. TokenSeek selects rows of causal attention.")
         if kwargs.get("position_bias") is not None:
@@ -156,6 +162,17 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         dtype = torch.get_autocast_dtype(device)
         return tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
     return tensors
+
+
+@contextmanager
+def _named(config, implementation: str) -> Iterator[None]:
+    """Inside the block a configuration has this attention implementation."""
+    before = config._attn_implementation_internal
+    config._attn_implementation_internal = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
 
 
 def _original_attention(module, original: str):
@@ -192,7 +209,8 @@ def leave_attention(model: torch.nn.Module, user: object) -> None:
 
 def original_attention(model: torch.nn.Module) -> str:
     """The attention implementation that a model has below the registered one."""
-    return model.config._attn_implementation.removeprefix(_PREFIX).replace("--", "/")
+    name = model.config._attn_implementation
+    return _ORIGINALS.get(name, name)
 
 
 def register_attention(original: str) -> str:
@@ -205,8 +223,9 @@ def register_attention(original: str) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    # a slash would be read as a repository of kernels
-    name = f"{_PREFIX}{original.replace('/', '--')}"
+    # a slash would be read as a repository of kernels, and whatever is called flash as a package to be imported
+    name = f"tokenseek_{original.replace('/', '--').replace(_FLASH, 'fl')}"
+    _ORIGINALS[name] = original
     AttentionInterface.register(name, _attention(original))
     if original in ALL_MASK_ATTENTION_FUNCTIONS:
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])

@@ -1,11 +1,10 @@
 """What TokenSeek did, as numbers: collected on the device, read when logged."""
 
-import math
-import statistics
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..means import Means
 from .batch import IGNORE, Batch, Sizes
 from .cost import Cost
 from .scores import Scouted
@@ -60,44 +59,39 @@ class SeekMetrics:
     def __init__(self):
         self.total, self.plain_total = 0, 0
         self.last: Summary | None = None
-        self._values: dict[str, list[float | Tensor]] = {}
+        self._means = Means()
 
     def observe(self, batch: Batch, done: Trained, cost: Cost, asked: bool = False) -> None:
         """Adds one micro-batch, of which everything was `asked` for or not; waits for no device."""
         sizes, n = batch.sizes, batch.shape[1]
         self.total, self.plain_total = self.total + 1, self.plain_total + (done.plainly and not asked)
         self.last = Summary(sizes, n, done.kept_bytes, done.plainly, cost)
-        self._add("seek/selected_share", 1.0 if done.plainly else sizes.rows / n)
-        self._add("seek/labelled_share", sum(sizes.labelled) / max(1, sum(sizes.real)))
-        self._add("seek/plain_share", float(done.plainly))
+        self._means.add("seek/selected_share", 1.0 if done.plainly else sizes.rows / n)
+        self._means.add("seek/labelled_share", sum(sizes.labelled) / max(1, sum(sizes.real)))
+        self._means.add("seek/plain_share", float(done.plainly))
         if done.plainly:
             return
-        self._add("seek/kept_labels", (done.selection.targets != IGNORE).sum() / max(1, sum(sizes.labelled)))
+        self._means.add("seek/kept_labels", (done.selection.targets != IGNORE).sum() / max(1, sum(sizes.labelled)))
         kept = done.selection.kinds(n) != DITCHED
         real = batch.segments >= 0
         unlabelled = ((batch.targets == IGNORE) & real).float()
         evidence = kept * unlabelled
         places = (real.cumsum(1) - 1) / (real.sum(1, keepdim=True) - 1).clamp(min=1)
         # 0 / 0 without evidence rows, which is not read
-        self._add("seek/mean_position", (evidence * places).sum() / evidence.sum())
+        self._means.add("seek/mean_position", (evidence * places).sum() / evidence.sum())
         if done.scouted is not None and done.scouted.mass is not None:
             mass = done.scouted.mass
             total = (mass * unlabelled).sum().clamp(min=1e-12)
-            self._add("seek/evidence_mass", (mass * evidence).sum() / total)
+            self._means.add("seek/evidence_mass", (mass * evidence).sum() / total)
 
     def probe(self, found: dict[str, float]) -> None:
         """Adds a comparison with the full gradient."""
         for name, value in found.items():
-            self._add(f"seek/{name}", value)
+            self._means.add(f"seek/{name}", value)
 
     def read(self, reset: bool = True) -> dict[str, float]:
         """Means since the last call with `reset`; waits for the device."""
-        values = {name: [float(v) for v in found] for name, found in self._values.items()}
-        if reset:
-            self._values = {}
-        # a micro-batch without a number does not count
-        numbers = {name: [v for v in found if not math.isnan(v)] for name, found in values.items()}
-        return {name: statistics.fmean(found) for name, found in numbers.items() if found}
+        return self._means.read(reset)
 
     def describe(self) -> list[str]:
         """Lines on the last micro-batch: shares, predicted cost and memory; and whether TokenSeek does not fit."""
@@ -127,10 +121,7 @@ class SeekMetrics:
         if self.plain_total <= self.total / 2:
             return None
         return (
-            f"TokenSeek does not fit this data: {self.plain_total} of {self.total} micro-batches have so many "
-            "labelled tokens that they were trained plainly. Use gradient checkpointing, or a smaller `labelled` or "
-            "`ratio` if you accept the approximation."
+            f"TokenSeek does not fit this data: {self.plain_total} of {self.total} micro-batches were trained "
+            "plainly, because so many of their tokens would be selected that scouting cannot pay. Use gradient "
+            "checkpointing, or a smaller `context`, `labelled` or `ratio` if you accept the approximation."
         )
-
-    def _add(self, name: str, value: float | Tensor) -> None:
-        self._values.setdefault(name, []).append(value)

@@ -72,7 +72,9 @@ def select(scores: Tensor, batch: Batch, config: SeekConfig, generator: torch.Ge
     weights = labelled.sum(1, keepdim=True) / counts.clamp(min=1) if share is None else 1 / share
     keep = is_loss.gather(1, index) & (rows >= 0)
     targets = torch.where(keep, batch.targets.gather(1, index), IGNORE)
-    return Selection(rows, targets, weights.expand(scores.shape).gather(1, index).float())
+    # what no loss is multiplied with may be anything, also infinite
+    weights = torch.where(keep, weights.expand(scores.shape).gather(1, index), 1.0)
+    return Selection(rows, targets, weights.float())
 
 
 def labelled_rows(batch: Batch, most: int) -> Tensor:

@@ -26,13 +26,13 @@ class Telemetry:
         """An input was compressed."""
         self._saved[self.in_forward] += x.numel() * x.element_size() - z.numel() * z.element_size()
         if self.probing:
-            self._energies.append(torch.stack([z.float().square().sum(), x.detach().float().square().sum()]))
+            self._energies = self._energies + torch.stack([own.detach().float().square().sum() for own in (z, x)])
 
     def observe_gradient(self, compressed: Tensor, exact: Tensor) -> None:
         """A weight's compressed gradient, and the exact one."""
         compressed, exact = compressed.float(), exact.float()
-        pair = (compressed * exact).sum(), compressed.square().sum(), exact.square().sum()
-        self._products.append(torch.stack(pair))
+        products = (compressed * exact).sum(), compressed.square().sum(), exact.square().sum()
+        self._products = self._products + torch.stack(products).double()
 
     def read(self, reset: bool = True) -> dict[str, float]:
         """
@@ -47,11 +47,11 @@ class Telemetry:
         if self._micro_batches:
             # checkpointing computes z again, or (reentrant) only then
             found["velora/saved_mib"] = max(self._saved) / self._micro_batches / 2**20
-        if self._energies:
-            kept, whole = torch.stack(self._energies).sum(0).tolist()
+        if isinstance(self._energies, Tensor):
+            kept, whole = self._energies.tolist()
             found["velora/retained_energy"] = kept / max(whole, 1e-30)
-        if self._products:
-            dot, own, exact = torch.stack(self._products).double().sum(0).tolist()
+        if isinstance(self._products, Tensor):
+            dot, own, exact = self._products.tolist()
             found["velora/gradient_cosine"] = dot / max((own * exact) ** 0.5, 1e-30)
         if reset:
             self._reset()
@@ -59,5 +59,6 @@ class Telemetry:
 
     def _reset(self) -> None:
         self._saved, self._micro_batches = [0, 0], 0
-        self._energies: list[Tensor] = []
-        self._products: list[Tensor] = []
+        # sums: a loop that never reads keeps no more
+        self._energies: Tensor | float = 0.0
+        self._products: Tensor | float = 0.0

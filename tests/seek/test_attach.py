@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
 from hf_tokenseek import SeekConfig, attach
+from hf_tokenseek.lemo.attach import LemoHandle
 from tests.seek.tiny_families import tiny_config, tiny_model
 
 IDS = torch.randint(1, 128, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -136,6 +137,18 @@ def test_the_signature_and_positional_arguments_stay(tiny_llama):
         named = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=LABELS).loss
         positional = model(IDS, torch.ones_like(IDS), labels=LABELS).loss
         assert torch.equal(named, positional)
+
+
+def test_whatever_goes_wrong_leaves_nothing_attached(tiny_llama, monkeypatch):
+    def interrupted(self, *_):
+        raise KeyboardInterrupt
+
+    model = tiny_llama()
+    before = fingerprint(model)
+    monkeypatch.setattr(LemoHandle, "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        attach(model, seek=True, lean=True, lemo=True)
+    assert fingerprint(model) == before
 
 
 def test_attaching_twice_is_refused_until_undone(tiny_llama):

@@ -84,7 +84,8 @@ def test_laws_hold_whatever_the_scores(problem, temperature, score):
         assert (batch.segments[b, chosen] >= 0).all()
         has_loss = selection.targets[b] != IGNORE
         assert torch.equal(selection.targets[b][has_loss], batch.targets[b, selection.rows[b][has_loss]])
-        assert selection.weights[b][has_loss].isfinite().all() and (selection.weights[b][has_loss] > 0).all()
+        # also where there is no loss, which they multiply with 0
+        assert selection.weights[b].isfinite().all() and (selection.weights[b][has_loss] > 0).all()
         if config.ratio is None or config.score == "evidence":
             assert has_loss.sum() == batch.sizes.loss[b]
         if config.ratio is None and config.labelled == 1:
@@ -92,6 +93,18 @@ def test_laws_hold_whatever_the_scores(problem, temperature, score):
         if temperature == 0 and has_loss.any():
             total = selection.weights[b][has_loss].sum().item()
             assert total == pytest.approx(batch.sizes.labelled[b], rel=1e-6)
+
+
+def test_weights_of_empty_slots_multiply_to_zero():
+    """They read the first position: padding, which no attention has reached, and which is certain not to be drawn."""
+    mask = torch.tensor([[0] * 6 + [1] * 6, [1] * 12])
+    ids = torch.ones(2, 12, dtype=torch.long)
+    config = SeekConfig(ratio=0.5, score="context", temperature=0.1)
+    batch = prepare(config, ids, ids.masked_fill(mask == 0, IGNORE), mask)
+    selection = select(mask * torch.linspace(1.0, 2.0, 12), batch, config, torch.Generator().manual_seed(0))
+    empty = selection.rows < 0
+    assert empty.any() and (selection.targets[empty] == IGNORE).all()
+    assert (selection.weights * 0.0 == 0).all()
 
 
 @settings(max_examples=50, deadline=None)
