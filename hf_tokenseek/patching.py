@@ -23,6 +23,21 @@ def find_causal_lm(model: nn.Module) -> nn.Module:
     return model
 
 
+def check_one_device(model: nn.Module) -> None:
+    """
+    Refuses a model whose layers lie on several devices: rows that are chosen on one are taken on all.
+
+    Raises:
+        ValueError: says which, and the next step.
+    """
+    places = list(dict.fromkeys(getattr(model, "hf_device_map", {}).values()))
+    if len(places) > 1:
+        raise ValueError(
+            f"{type(model).__name__} is spread over {places} (device_map), and rows are chosen on one device. Load it "
+            "with device_map={'': 0}, and share work among processes by DDP, FSDP2 or ZeRO-3."
+        )
+
+
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     The decoder layers of a causal language model, and their path.

@@ -22,4 +22,5 @@ if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; the
 fi
 
 python -m pytest -q tests/interpreter
+python -m pytest -q tests/lemo/test_offload.py
 python scripts/bench_kernels.py "$@"

@@ -8,9 +8,11 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
+from tokenseek_kernels.dispatch import is_on_gpu
+
 from ..forwarding import named_inputs
 from ..patched_forward import PatchedForward, is_reached, patched_by, trains
-from ..patching import find_causal_lm, find_layers
+from ..patching import check_one_device, find_causal_lm, find_layers
 from ..seek.attach import SeekHandle
 from ..seek.attention import leave_attention, use_attention
 from ..seek.batch import IGNORE
@@ -50,6 +52,7 @@ class LemoHandle:
     def __init__(self, model: nn.Module, config: LemoConfig):
         self.attached_to, self.model, self.config = model, find_causal_lm(model), config
         check_model(self.model)
+        check_one_device(self.model)
         _, layers = find_layers(self.model)
         if patched_by(layers[0], SparseLayer):
             raise ValueError("LeMo is attached to this model already. Call undo() on the first handle.")
@@ -112,13 +115,18 @@ class LemoHandle:
     def begin(self, layout: Layout) -> Elimination:
         """Begins the choices of one forward pass over a micro-batch."""
         config, every = self.config, self.config.probe_steps
-        probing = bool(every) and self.micro_step == 0 and self.step % every == 0
+        training = self._is_training()
+        probing = training and bool(every) and self.micro_step == 0 and self.step % every == 0
         if self._predictor is not None:
             # some trainers move the model after their callbacks have attached to it
             self._predictor.to(layout.segments.device)
         scorer = Scorer(config, (self.step, self.micro_step), self._predictor)
         blocks = Blocks(layout.segments, layout.targets, layout.real, config)
-        self.elimination = Elimination(blocks, config, self.shares, scorer, layout.simple, self.telemetry, probing)
+        # figures are of training, also where a sparse model is evaluated in between
+        telemetry = self.telemetry if training else Telemetry()
+        self.elimination = Elimination(blocks, config, self.shares, scorer, layout.simple, telemetry, probing)
+        if self.offload is not None:
+            self.offload.begin(self.model)
         self.micro_step += 1
         return self.elimination
 
@@ -151,10 +159,14 @@ class LemoHandle:
                 first = layer
         if self.offload is not None:
             parts = sorted(size / 2**20 for size in self.offload.budgets)
+            where = "" if is_on_gpu(next(self.model.parameters())) else "; nothing while the model is not on a GPU"
             lines.append(
                 f"  up to {config.offload_gib:.4g} GiB of what they keep move to the host, {parts[0]:.4g} to "
-                f"{parts[-1]:.4g} MiB of each"
+                f"{parts[-1]:.4g} MiB of each{where}"
             )
+        text = self.model.config.get_text_config()
+        if any(getattr(text, name, 0) for name in ("attention_dropout", "attn_pdrop")):
+            lines.append("  attention dropout is off in layers that drop tokens")
         saved = "computed without gradient" if config.mode == "detach" else "handed on"
         mean = sum(self.shares) / layers
         lines.append(f"  dropped tokens are {saved}; a layer runs on {mean:.3f} of the tokens on average")
@@ -170,6 +182,9 @@ class LemoHandle:
 
     def _is_wanted(self) -> bool:
         return self._always or trains(self.model)
+
+    def _is_training(self) -> bool:
+        return self.model.training and torch.is_grad_enabled()
 
     def _is_with_seek(self) -> bool:
         """Whether TokenSeek computes the loss, and selects among what every layer keeps."""
@@ -204,7 +219,7 @@ class LemoHandle:
         # a cache would keep keys and values of all layers, and hand them to layers that keep other rows
         named |= {"use_cache": False, "lemo": elimination}
         try:
-            if labels is None or (self.model.training and self._is_with_seek()):
+            if labels is None or (self._is_training() and self._is_with_seek()):
                 return original(**named)
             if self.leaves_out_labels:
                 output = self._with_kept_labels(original, named, elimination, labelled)
@@ -214,7 +229,7 @@ class LemoHandle:
             return output if layout.labelled else _changed(output, named, torch.nan_to_num)
         finally:
             elimination.forget()
-            if self.offload is not None:
+            if self.offload is not None and self._is_training():
                 self.telemetry.offloaded(self.offload)
 
     def _with_kept_labels(self, original: Callable, named: dict, elimination: Elimination, labelled: Tensor):

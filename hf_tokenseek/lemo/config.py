@@ -73,8 +73,8 @@ class LemoConfig(MethodConfig):
         neurons (`float`, *optional*, defaults to 0.2):
             Share of the MLP's inner columns kept by `mlp="neurons"`.
         offload_gib (`float`, *optional*, defaults to 0.0):
-            Memory of the host, in GiB, that a micro-batch may use for what its layers keep for the backward pass; each
-            has a part in proportion to the tokens it keeps. Not with gradient checkpointing, whose
+            What a micro-batch's layers may move to the host's memory, in GiB, of what they keep for the backward pass;
+            each has a part in proportion to that. Not with gradient checkpointing, whose
             `gradient_checkpointing_kwargs={"offload": True}` moves what it keeps. No effect on the CPU.
         predictor (`str`, *optional*):
             Folder of a trained predictor, see `recipes/train_predictor.py`.

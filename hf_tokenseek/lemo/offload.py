@@ -6,7 +6,7 @@ from functools import partial
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -21,26 +21,42 @@ LEAST_BYTES = 2**16
 
 class Offload:
     """
-    Host memory for what layers keep, divided among them as their tokens are: one that drops tokens keeps less, and
-    has less of it to move ("sparsity-sensitive offload" of [Jenga](https://huggingface.co/papers/2501.09767)).
+    Host memory for what layers keep, divided among them by how much that is: one that drops tokens keeps less, and
+    has less of it to move ("sparsity-sensitive offload" of [Jenga](https://huggingface.co/papers/2501.09767)). What
+    they keep is what they kept in the micro-batch before; of the first one only the share of tokens is known.
 
     Copies are ordered with what is computed: each layer's forward waits for its part to leave, its backward for it to
     come back. Gradients are the same, bit for bit.
 
     Args:
-        gib (`float`): host memory that a micro-batch may use, in GiB.
+        gib (`float`): what a micro-batch may move, in GiB.
         shares (`list[float]`): share of tokens that each layer keeps.
 
     Attributes:
         budgets (`list[int]`): bytes that each layer may move.
-        moved (`list[int]`): bytes that each layer has moved in its last forward pass.
+        kept (`list[int]`), moved (`list[int]`):
+            Bytes that could move, and those that did, of each layer in the last forward pass.
     """
 
     def __init__(self, gib: float, shares: list[float]):
-        self.budgets = [int(gib * GIB * share / sum(shares)) for share in shares]
-        self.moved = [0] * len(shares)
+        self._gib = gib
+        self.budgets = self._divided(shares)
+        self.kept, self.moved = [0] * len(shares), [0] * len(shares)
+        self._fixed: set[int] = set()
         # what several operations save, of one layer or of several, moves once
         self._known: WeakValueDictionary[tuple, _Moved] = WeakValueDictionary()
+
+    def begin(self, model: nn.Module) -> None:
+        """
+        A micro-batch begins.
+
+        Args:
+            model (`nn.Module`): its buffers, which are there anyway, do not move.
+        """
+        if any(self.kept):
+            self.budgets = self._divided(self.kept)
+        self.kept, self.moved = [0] * len(self.kept), [0] * len(self.moved)
+        self._fixed = {buffer.untyped_storage()._cdata for buffer in model.buffers()}
 
     @contextmanager
     def of(self, layer: int) -> Iterator[None]:
@@ -50,25 +66,32 @@ class Offload:
         Args:
             layer (`int`): its index.
         """
-        kept = top_hooks() or (_as_it_is, _as_it_is)
-        self.moved[layer] = 0
+        stays, seen = top_hooks() or (_as_it_is, _as_it_is), set()
 
         def pack(tensor: Tensor):
             key = _key(tensor)
             moved = self._known.get(key)
-            if moved is None:
-                if not self._fits(layer, tensor):
-                    return partial(kept[1], kept[0](tensor))
+            if moved is None and self._takes(layer, tensor, first=key not in seen):
                 moved = self._known[key] = _Moved(tensor)
-                self.moved[layer] += moved.nbytes
-            return moved.view_of(tensor)
+            seen.add(key)
+            return partial(stays[1], stays[0](tensor)) if moved is None else moved.view_of(tensor)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda give: give()):
             yield
 
-    def _fits(self, layer: int, tensor: Tensor) -> bool:
-        room = LEAST_BYTES <= tensor.untyped_storage().nbytes() <= self.budgets[layer] - self.moved[layer]
-        return room and is_on_gpu(tensor) and not is_parameter(tensor)
+    def _divided(self, weights: list[float]) -> list[int]:
+        return [int(self._gib * GIB * weight / sum(weights)) for weight in weights]
+
+    def _takes(self, layer: int, tensor: Tensor, first: bool) -> bool:
+        """Whether a tensor moves, which its layer's figures then say; `first` time that the layer saves it or not."""
+        storage = tensor.untyped_storage()
+        may = type(tensor) in (Tensor, FakeTensor) and is_on_gpu(tensor) and storage.nbytes() >= LEAST_BYTES
+        if not may or is_parameter(tensor) or storage._cdata in self._fixed:
+            return False
+        self.kept[layer] += storage.nbytes() * first
+        fits = storage.nbytes() <= self.budgets[layer] - self.moved[layer]
+        self.moved[layer] += storage.nbytes() * fits
+        return fits
 
 
 class _Moved:
@@ -106,7 +129,7 @@ def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
         # the memory that is simulated is not the host's
         return partial(torch.empty, tensor.shape, dtype=tensor.dtype, device=tensor.device)
     # from and to pinned memory copies run in their stream's order, and the host does not wait for them
-    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type != "cpu")
     host.copy_(tensor, non_blocking=True)
     return partial(host.to, tensor.device, non_blocking=True)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..forwarding import autocast, mixed_precision, named_inputs
 from ..parameters import trained_share
 from ..patched_forward import PatchedForward, leads_to, patched_by, trains
-from ..patching import find_causal_lm
+from ..patching import check_one_device, find_causal_lm
 from .adapters import check_adapters
 from .attention import leave_attention, original_attention, use_attention
 from .batch import Batch, Sizes
@@ -55,6 +55,7 @@ class SeekHandle:
         self.config = config.resolved(trained_share(self.model))
         check_adapters(model, self.model)
         check_loss(self.model)
+        check_one_device(self.model)
         self.decoder = Decoder(self.model)
         # before anything of the model is replaced
         self.config.layers(len(self.decoder.layers))

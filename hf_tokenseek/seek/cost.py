@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 from ..parameters import trained_share
 
@@ -38,5 +39,11 @@ class Cost:
 
 
 def is_checkpointed(model: nn.Module) -> bool:
-    """Whether gradient checkpointing is on; layers and old-style decoders carry the same flag."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    """
+    Whether gradient checkpointing is on: layers and old-style decoders carry the same flag, and FSDP's own
+    checkpointing wraps layers.
+    """
+    return any(
+        getattr(module, "gradient_checkpointing", False) or isinstance(module, CheckpointWrapper)
+        for module in model.modules()
+    )

@@ -108,6 +108,47 @@ def test_sparse_evaluation():
     assert trained != plain
 
 
+@pytest.mark.parametrize("methods", [{}, {"seek": {"context": 0.5}}], ids=str)
+def test_sparse_evaluation_in_training_mode_is_the_sparse_models_too(methods):
+    """Without gradients TokenSeek computes no loss; labels of dropped tokens count no more than ever."""
+    model, inputs = llama(), batch("right")
+    with attach(model, lemo=lemo()):
+        trained = model(**inputs).loss
+    with attach(model, lemo=lemo(), **methods) as handle, torch.no_grad(), handle.lemo.everywhere():
+        torch.testing.assert_close(model(**inputs).loss, trained.detach(), rtol=1e-6, atol=0)
+
+
+def test_figures_are_of_training():
+    """Sequences of another length keep another share of their blocks."""
+    model, inputs = llama(), batch()
+    fields = {"keep": 0.3, "sinks": 0, "recent": 1, "probe_steps": 1}
+    with attach(model, lemo=lemo(**fields)) as handle:
+        model(**inputs)
+        expected = handle.lemo.telemetry.read()
+        assert "lemo/recall" in expected
+        model(**inputs)
+        with torch.no_grad(), handle.lemo.everywhere():
+            model(**batch(n=9))
+        model.eval()
+        with torch.no_grad(), handle.lemo.everywhere():
+            model(**batch(n=9))
+        assert handle.lemo.telemetry.read().keys() == {"lemo/kept_share"}
+        model.train()
+        handle.lemo.begin_step(0)
+        model(**inputs)
+        assert handle.lemo.telemetry.read() == pytest.approx(expected)
+
+
+def test_layers_on_several_devices_are_refused():
+    model = llama()
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}
+    for methods in ({"lemo": lemo()}, {"seek": True}):
+        with pytest.raises(ValueError, match=r"is spread over \[0, 1, 'cpu'\] .device_map.*device_map=\{'': 0\}"):
+            attach(model, **methods)
+    model.hf_device_map = {"": 0}
+    attach(model, lemo=lemo(), seek=True).undo()
+
+
 def test_attaching_twice_is_refused_until_undone():
     model = llama()
     with attach(model, lemo=True):
