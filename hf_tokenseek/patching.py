@@ -133,6 +133,18 @@ class Attachment:
         """The table of what was swapped, and what the last micro-batch cost."""
         return "\n".join(handle.report() for handle in self._handles())
 
+    def metrics(self, reset: bool = True) -> dict[str, float]:
+        """
+        The figures that a Trainer would log, of all methods, since the last call with `reset`.
+
+        Args:
+            reset (`bool`, *optional*, defaults to `True`): whether the next call starts from here.
+        """
+        found = {} if self.seek is None else self.seek.metrics.read(reset)
+        for handle in (self.velora, self.lemo):
+            found |= {} if handle is None else handle.telemetry.read(reset)
+        return found | ({} if self.ist is None else self.ist.metrics(reset))
+
     def begin_step(self, step: int) -> None:
         """Tells every method which optimizer step the coming micro-batches belong to."""
         for handle in self._handles():
@@ -191,7 +203,7 @@ def attach(
             With `lean`: tiles of rows that each MLP is computed in, one after the other, and again in backward.
 
     Returns:
-        [`Attachment`]: with `selection`, `report()` and `undo()`.
+        [`Attachment`]: with `selection`, `report()`, `metrics()` and `undo()`.
 
     Raises:
         ValueError: nothing is to be attached, the model is not supported, or it is attached already.

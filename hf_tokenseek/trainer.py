@@ -21,6 +21,7 @@ from .callbacks.out_of_memory import explained_out_of_memory
 from .callbacks.ownership import Attaching
 from .ist.zero import group_by_layer
 from .lemo.predictor import copy_predictor
+from .method_config import MethodConfig
 from .model_card import write_model_card
 from .seek import SeekConfig
 from .velora.optimizer import velora_adamw
@@ -42,6 +43,19 @@ def _detach(callbacks: Iterable) -> None:
             callback.detach()
 
 
+def _add(callbacks: list, kind: type, config: MethodConfig) -> None:
+    """Adds a method's callback, unless the user has; refuses two configurations that say different things."""
+    given = next((c for c in callbacks if isinstance(c, kind)), None)
+    if given is None:
+        callbacks.append(kind(config))
+    # the defaults of the arguments are nobody's wish
+    elif config not in (given.config, type(config)()):
+        raise ValueError(
+            f"The training arguments have {config.field_name}={config}, and {kind.__name__} has {given.config}. Leave "
+            "one of them out."
+        )
+
+
 class TokenSeekMixin:
     """Adds the callbacks that the arguments ask for, and brings their figures into every log."""
 
@@ -55,14 +69,13 @@ class TokenSeekMixin:
                 "TokenSeek computes the loss inside the model and does not support `compute_loss_func`. Leave it out, "
                 "or set seek=None."
             )
-        if seek is not None and not any(isinstance(c, SeekCallback) for c in callbacks):
-            callbacks.append(SeekCallback(seek))
+        if seek is not None:
+            _add(callbacks, SeekCallback, seek)
         if getattr(args, "lean", False) and not any(isinstance(c, LeanCallback) for c in callbacks):
             callbacks.append(LeanCallback(args.mlp_tiles))
         for name, kind in (("velora", VeloraCallback), ("ist", IstCallback), ("lemo", LemoCallback)):
-            config = getattr(args, name, None)
-            if config is not None and not any(isinstance(c, kind) for c in callbacks):
-                callbacks.append(kind(config))
+            if getattr(args, name, None) is not None:
+                _add(callbacks, kind, getattr(args, name))
         if not any(isinstance(c, MemoryCallback) for c in callbacks):
             callbacks.append(MemoryCallback())
         with _given_back(callbacks):

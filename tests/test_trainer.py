@@ -2,12 +2,13 @@
 
 import json
 import logging
+from dataclasses import asdict
 
 import pytest
 import torch
 from transformers import GPTJConfig, GPTJForCausalLM, Trainer, TrainerCallback
 
-from hf_tokenseek import LeanCallback, MemoryCallback, SeekCallback, SeekConfig, TokenSeekTrainer
+from hf_tokenseek import LeanCallback, LemoCallback, MemoryCallback, SeekCallback, SeekConfig, TokenSeekTrainer
 from tests.tiny_training import EVERYTHING, SELECTS, arguments, examples, logs, losses, pad, trainer
 
 SEEK_KEYS = {
@@ -227,6 +228,18 @@ def test_data_that_does_not_fit_is_said(tiny_llama, tmp_path, caplog, steps, sai
     assert f"TokenSeek does not fit this data: {said} of {said} micro-batches" in caplog.text
     assert warned.steps == [step for step in range(1, steps + 1) if step > 10]
     assert all(entry["seek/plain_share"] == 1 for entry in logs(own))
+
+
+@pytest.mark.parametrize(
+    ("name", "callback"), [("seek", SeekCallback({"context": 0.4})), ("lemo", LemoCallback({"keep": 0.4, "block": 4}))]
+)
+def test_arguments_and_a_callback_that_disagree_are_refused(tiny_llama, tmp_path, name, callback):
+    other = {"seek": {"context": 0.3}, "lemo": {"keep": 0.3}}[name]
+    with pytest.raises(ValueError, match=rf"arguments have {name}=.*and {type(callback).__name__} has .*Leave one"):
+        trainer(tiny_llama(), arguments(tmp_path, **{"seek": None, name: other}), callbacks=[callback])
+    # defaults of the arguments, and the same twice, are no contradiction
+    for same in (asdict(callback.config), True):
+        trainer(tiny_llama(), arguments(tmp_path, **{"seek": None, name: same}), callbacks=[callback])
 
 
 @pytest.mark.parametrize("kind", [SeekCallback, LeanCallback, MemoryCallback])

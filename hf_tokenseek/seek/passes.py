@@ -155,7 +155,9 @@ class Decoder:
             return linear_cross_entropy(rows, weight, targets, bias=bias, **self.head_rule)
 
         losses = self._through_head(frozen, hidden.flatten(0, 1))
-        return torch.autograd.grad(losses.sum(), found["input"])[0]
+        gradient = torch.autograd.grad(losses.sum(), found["input"])[0]
+        # gemma3n has several residual streams, (streams, batch, n, hidden): to a score they are one wide one
+        return gradient if gradient.dim() == 3 else gradient.movedim(0, 2).flatten(2)
 
 
 @contextmanager

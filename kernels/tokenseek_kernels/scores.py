@@ -22,6 +22,41 @@ def resolve_attention_impl(
     return "torch" if impl == "auto" and resolved == "triton" and too_large else resolved
 
 
+def check_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rows: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    window: int | None,
+    value: torch.Tensor | None = None,
+) -> None:
+    """
+    Refuses what does not fit together; arguments as in [`visible`] and `selected_attention`.
+
+    Raises:
+        ValueError: names the argument and what it has to be.
+    """
+    if window is not None and window < 1:
+        raise ValueError(
+            f"`window` should be at least 1 (the query's own token), got {window}. Use None for no window."
+        )
+    if query.dim() != 4 or key.dim() != 4 or (len(query), query.shape[3]) != (len(key), key.shape[3]):
+        raise ValueError(
+            f"`query` {tuple(query.shape)} and `key` {tuple(key.shape)} must be (batch, heads, tokens, dim) with one "
+            "batch and one dim."
+        )
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"query heads ({query.shape[1]}) must be a multiple of key/value heads ({key.shape[1]}).")
+    if value is not None and value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"`value` {tuple(value.shape)} must be (batch, kv_heads, keys, ...) of key {tuple(key.shape)}."
+        )
+    if rows is not None and rows.shape != (len(query), query.shape[2]):
+        raise ValueError(f"`rows` {tuple(rows.shape)} must be (batch, rows) of query {tuple(query.shape)}.")
+    if segments is not None and segments.shape != (len(key), key.shape[2]):
+        raise ValueError(f"`segments` {tuple(segments.shape)} must be (batch, keys) of key {tuple(key.shape)}.")
+
+
 def visible(rows: torch.Tensor, segments: torch.Tensor | None, n_keys: int, window: int | None) -> torch.Tensor:
     """
     The one rule on positions that covers causal, sliding-window, padded and packed attention.

@@ -313,3 +313,18 @@ def test_scouting_leaves_out_what_nobody_reads():
             model(**BATCH).loss.backward()
     assert calls["entropy"] == [1] * len(layers)
     assert calls["evidence"] == [*[1] * (len(layers) - 1), 0]
+
+
+def test_metrics_are_those_of_all_methods(tiny_llama):
+    """What a Trainer would log; reading them begins anew."""
+    model = tiny_llama()
+    methods = {"seek": {"context": 0.2}, "velora": {"groups": 4}, "ist": True, "lemo": {"block": 4, "dense_first": 0}}
+    with attach(model, **methods, lean=True) as handle:
+        handle.begin_step(0)
+        model(**BATCH).loss.backward()
+        found = handle.metrics(reset=False)
+        assert {name.partition("/")[0] for name in found} == {"seek", "velora", "ist", "lemo"}
+        assert found["seek/labelled_share"] == 0.25 and 0 < found["lemo/kept_share"] < 1
+        assert handle.metrics().keys() == found.keys()
+        assert not any(name.startswith(("seek/", "lemo/", "velora/")) for name in handle.metrics())
+    assert attach(model, lean=True).metrics() == {}

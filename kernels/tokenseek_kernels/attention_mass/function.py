@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..custom_op import custom_op
 from ..precision import without_autocast
-from ..scores import resolve_attention_impl
+from ..scores import check_attention, resolve_attention_impl
 from . import blocked
 from .reference import attention_mass_reference
 
@@ -70,8 +70,9 @@ def attention_mass(
         what a sink takes); padding receives 0.
 
     Raises:
-        ValueError: `lse` does not fit, or `impl` is unknown or cannot run here.
+        ValueError: shapes do not fit together, or `impl` is unknown or cannot run here.
     """
+    check_attention(query, key, rows, segments, window)
     if lse is not None and lse.shape != query.shape[:3]:
         raise ValueError(f"`lse` {tuple(lse.shape)} must be (batch, heads, rows) of query {tuple(query.shape)}.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale

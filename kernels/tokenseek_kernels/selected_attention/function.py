@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..custom_op import custom_op
 from ..precision import without_autocast
-from ..scores import resolve_attention_impl, row_blocks, wide_dtype
+from ..scores import check_attention, resolve_attention_impl, row_blocks, wide_dtype
 from . import blocked
 from .reference import selected_attention_reference
 
@@ -183,22 +183,13 @@ def _check(query, fresh_key, fresh_value, key, value, rows, segments, window):
         raise ValueError(
             "scouted `key` and `value` must not require grad: scout under torch.no_grad() or detach them."
         )
-    if window is not None and window < 1:
-        raise ValueError(
-            f"`window` should be at least 1 (the query's own token), got {window}. Use None for no window."
-        )
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(f"query heads ({query.shape[1]}) must be a multiple of key/value heads ({key.shape[1]}).")
-    if rows.shape != (query.shape[0], query.shape[2]):
-        raise ValueError(f"`rows` {tuple(rows.shape)} must be (batch, rows) of query {tuple(query.shape)}.")
+    check_attention(query, key, rows, segments, window, value)
     for name, fresh, states in (("key", fresh_key, key), ("value", fresh_value, value)):
         if fresh.shape != (*states.shape[:2], rows.shape[1], states.shape[3]):
             raise ValueError(
                 f"`fresh_{name}` {tuple(fresh.shape)} must have the shape of `{name}` {tuple(states.shape)} with "
                 f"{rows.shape[1]} rows in place of {states.shape[2]}."
             )
-    if segments is not None and segments.shape != (key.shape[0], key.shape[2]):
-        raise ValueError(f"`segments` {tuple(segments.shape)} must be (batch, keys) of key {tuple(key.shape)}.")
 
 
 def causal_attention(
@@ -239,9 +230,12 @@ def causal_attention(
         anyway.
 
     Raises:
-        ValueError: `impl` is unknown or cannot run here.
+        ValueError: shapes do not fit together, or `impl` is unknown or cannot run here.
     """
+    check_attention(query, key, None, segments, window, value)
     batch, heads, n, dim = query.shape
+    if key.shape[2] != n:
+        raise ValueError(f"`key` {tuple(key.shape)} must have a row for each of the {n} queries.")
     scale = dim**-0.5 if scale is None else scale
     impl = resolve_attention_impl(impl, query, value.shape[-1], ("triton", "torch"))
     lse = None
