@@ -71,7 +71,7 @@ class SeekConfig(MethodConfig):
         context_bias (`str`, *optional*, defaults to `"none"`):
             Correction of the head start that causality gives early tokens in `"context"`, `"hybrid"` and `"paper"`:
             divide by the number of queries that can see the token (`"count"`) or by the mass it would get from uniform
-            attention (`"harmonic"`).
+            attention (`"harmonic"`), both as if no layer had a sliding window.
         temperature (`float`, *optional*, defaults to 0.0):
             Above 0 the top-k is stochastic (Gumbel) and the losses carry inverse-probability weights; 1.0 samples in
             proportion to the score.

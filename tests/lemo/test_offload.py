@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from hf_tokenseek import attach
@@ -16,12 +17,16 @@ from hf_tokenseek.memory.estimation import estimate, estimate_saved_layers
 from tests.ist.tiny_ist import step
 from tests.lemo.deep_lemo import LAYERS, assert_same_gradients, batch, lemo_step, llama
 from tests.lemo.test_checkpointing import checkpointed
-from tests.lemo.test_composition import KINDS
 from tests.lemo.tiny_lemo import lemo
+from tests.peft.tiny_peft import lora
 from tests.tiny_training import arguments, trainer
 
 PLENTY = 1.0
 MODES = [{}, {"mlp": "dense"}, {"mode": "detach"}, {"score": "random", "rescore": 1}, {"dense_first": 1}]
+
+
+def with_lora():
+    return get_peft_model(llama(), lora(target_modules="all-linear"))
 
 
 @pytest.fixture
@@ -52,8 +57,8 @@ def test_gradients_are_the_same_to_the_bit(on_gpu, fields, gib, layout):
 )
 def test_with_adapters_and_other_methods(on_gpu, methods):
     inputs = batch("right")
-    plain = lemo_step(KINDS["lora"](), inputs, methods)
-    found = lemo_step(KINDS["lora"](), inputs, methods, offload_gib=PLENTY)
+    plain = lemo_step(with_lora(), inputs, methods)
+    found = lemo_step(with_lora(), inputs, methods, offload_gib=PLENTY)
     assert torch.equal(found[0], plain[0]) and on_gpu
     assert_same_gradients(found[1], plain[1])
 
@@ -117,7 +122,7 @@ def test_what_has_moved_is_kept_no_more(on_gpu, gib):
     """What stays is counted by whoever counts, and each tensor moves once, however many operations have saved it."""
     inputs, kept = batch(n=160), []
     for own in (0.0, gib):
-        with attach(model := KINDS["lora"](), lemo=lemo(offload_gib=own)), SavedActivations(model) as saved:
+        with attach(model := with_lora(), lemo=lemo(offload_gib=own)), SavedActivations(model) as saved:
             loss = model(**inputs).loss
         kept.append(saved.bytes)
         loss.backward()
