@@ -2,10 +2,19 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from .families import check_family
+from .method_config import MethodConfig
+
+if TYPE_CHECKING:
+    from .ist.attach import IstHandle
+    from .lean import LeanHandle
+    from .lemo.attach import LemoHandle
+    from .seek.attach import SeekHandle
+    from .velora.attach import VeloraHandle
 
 
 def find_causal_lm(model: nn.Module) -> nn.Module:
@@ -114,11 +123,18 @@ class Attachment:
         lemo ([`LemoHandle`], *optional*): the attached LeMo.
     """
 
-    def __init__(self, seek=None, lean=None, velora=None, ist=None, lemo=None):
+    def __init__(
+        self,
+        seek: "SeekHandle | None" = None,
+        lean: "LeanHandle | None" = None,
+        velora: "VeloraHandle | None" = None,
+        ist: "IstHandle | None" = None,
+        lemo: "LemoHandle | None" = None,
+    ):
         self.seek, self.lean, self.velora, self.ist, self.lemo = seek, lean, velora, ist, lemo
 
     @property
-    def selection(self):
+    def selection(self) -> Tensor | None:
         """
         `torch.LongTensor` of shape `(batch, k)`: rows of the last training forward, ascending, -1 padded.
 
@@ -169,7 +185,14 @@ class Attachment:
 
 
 def attach(
-    model: nn.Module, *, seek=None, velora=None, ist=None, lemo=None, lean: bool = False, mlp_tiles: int = 1
+    model: nn.Module,
+    *,
+    seek: MethodConfig | dict | bool | None = None,
+    velora: MethodConfig | dict | bool | None = None,
+    ist: MethodConfig | dict | bool | None = None,
+    lemo: MethodConfig | dict | bool | None = None,
+    lean: bool = False,
+    mlp_tiles: int = 1,
 ) -> Attachment:
     """
     Attaches methods to a model for plain training loops.

@@ -32,8 +32,8 @@ setup_check_disk() {
 setup_make_venv() {
     local venv=$1 python
     python=$(setup_find_python) || exit 1
-    setup_check_disk "$PWD" "$2"
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        setup_check_disk "$PWD" "$2"
         setup_say "creating ${venv##*/} with $("$python" --version)"
         "$python" -m venv --clear "$venv" || setup_fail "could not create $venv."
     fi
