@@ -25,7 +25,6 @@ class MethodCallback(Attaching, LoggedMetrics):
     """
 
     config_type: ClassVar[type[MethodConfig]]
-    handle_type: ClassVar[type]
 
     def __init__(self, config: MethodConfig | dict | bool | None = None):
         self.config = self.config_type() if config is None else self.config_type.parse(config)

@@ -130,10 +130,11 @@ class SparseLayer:
                 "attach(), or its backbone was called directly. Attach by LemoCallback, which goes around a new "
                 "forward when a step begins; attach TokenSeek first; or call undo() on the handle."
             )
-        with nullcontext() if lemo is None or self.offload is None else self.offload.of(self.index):
-            if lemo is None or not lemo.drops(self.index):
-                return self._run_on_all(original, args, kwargs, lemo)
-            return self._run_on_kept(original, args, kwargs, lemo)
+        if lemo is None:
+            return original(*args, **kwargs)
+        run = self._run_on_kept if lemo.drops(self.index) else self._run_on_all
+        with nullcontext() if self.offload is None else self.offload.of(self.index):
+            return run(original, args, kwargs, lemo)
 
     def _run_on_kept(self, original: Callable, args: tuple, kwargs: dict, lemo: Elimination) -> Tensor:
         call = LayerCall(self.layer, original, args, kwargs)
@@ -146,8 +147,8 @@ class SparseLayer:
         with self.sublayers.mlp_only(), self._counting(call, lemo):
             return call(hidden, None, call.seek)
 
-    def _run_on_all(self, original: Callable, args: tuple, kwargs: dict, lemo: Elimination | None):
-        state = kwargs.get("seek") if lemo is None else lemo.watching(self.index, kwargs.get("seek"))
+    def _run_on_all(self, original: Callable, args: tuple, kwargs: dict, lemo: Elimination):
+        state = lemo.watching(self.index, kwargs.get("seek"))
         return original(*args, **(kwargs if state is None else {**kwargs, "seek": state}))
 
     def _counting(self, call: LayerCall, lemo: Elimination) -> AbstractContextManager:
