@@ -6,6 +6,7 @@ from .lean_lora import lora_delta, seeded_dropout
 from .lean_mlp import ACTIVATIONS, activated_linear, gated_activation, gated_linear
 from .lean_norm import layer_norm, rms_norm
 from .linear_cross_entropy import HeadStatistics, head_statistics, linear_cross_entropy
+from .normed_rows import split_normed_rows
 from .selected_attention import causal_attention, selected_attention
 from .token_rows import join_rows, split_rows
 from .velora_linear import compress, compressed_linear, expand, gated_activation_compress, rms_norm_compress
@@ -32,5 +33,6 @@ __all__ = [
     "rms_norm_compress",
     "seeded_dropout",
     "selected_attention",
+    "split_normed_rows",
     "split_rows",
 ]

@@ -39,7 +39,11 @@ def _(states, fresh, rows, impl):
     return None
 
 
-class _SplitRows(torch.autograd.Function):
+class SplitsRows(torch.autograd.Function):
+    """Whose backward completes the gradient that [`_JoinRows`] hands on."""
+
+
+class _SplitRows(SplitsRows):
     """Saves `rows`. Its backward writes the gradient of `kept` over what [`_JoinRows`] left in the rows of `rest`."""
 
     @staticmethod
@@ -53,7 +57,7 @@ class _SplitRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_rest: Tensor, grad_kept: Tensor):
         (rows,) = ctx.saved_tensors
-        grad = _copy(grad_rest)
+        grad = dense_copy(grad_rest)
         _write_op(grad, grad_kept, rows, ctx.impl)
         return grad, None, None
 
@@ -67,7 +71,7 @@ class _JoinRows(torch.autograd.Function):
         ctx.impl = impl
         if inplace:
             ctx.mark_dirty(rest)
-        joined = rest if inplace else _copy(rest)
+        joined = rest if inplace else dense_copy(rest)
         _write_op(joined, fresh, rows, impl)
         return joined
 
@@ -102,7 +106,7 @@ def split_rows(states: Tensor, rows: Tensor, impl: str = "auto") -> tuple[Tensor
     Raises:
         ValueError: `states` or `rows` have another dtype or shape, or `impl` is unknown or cannot run here.
     """
-    _check_rows("states", states, rows)
+    check_rows("states", states, rows)
     impl = resolve_impl(impl, states)
     if impl == "reference":
         return split_rows_reference(states, rows)
@@ -135,7 +139,7 @@ def join_rows(rest: Tensor, fresh: Tensor, rows: Tensor, inplace: bool = False, 
         ValueError: `rest` has a gradient that does not go to [`split_rows`], a tensor has another dtype or shape, or
             `impl` is unknown or cannot run here.
     """
-    _check_rows("rest", rest, rows)
+    check_rows("rest", rest, rows)
     if fresh.dtype != rest.dtype or fresh.shape != (*rows.shape, rest.shape[-1]):
         raise ValueError(
             f"`fresh` must be {rest.dtype} of shape {(*rows.shape, rest.shape[-1])}, a row for each of `rows`, got "
@@ -144,7 +148,7 @@ def join_rows(rest: Tensor, fresh: Tensor, rows: Tensor, inplace: bool = False, 
     impl = resolve_impl(impl, rest)
     if impl == "reference":
         return join_rows_reference(rest, fresh, rows)
-    if rest.requires_grad and not isinstance(rest.grad_fn, _SplitRows._backward_cls):
+    if rest.requires_grad and not issubclass(getattr(rest.grad_fn, "_forward_cls", object), SplitsRows):
         raise ValueError(
             f"`rest` must come from split_rows, which completes its gradient, got one from {rest.grad_fn}. Split the "
             "residual stream first, with the same implementation, and hand `rest` on as it is."
@@ -152,7 +156,8 @@ def join_rows(rest: Tensor, fresh: Tensor, rows: Tensor, inplace: bool = False, 
     return _JoinRows.apply(rest, fresh, rows, inplace, impl)
 
 
-def _check_rows(name: str, states: Tensor, rows: Tensor) -> None:
+def check_rows(name: str, states: Tensor, rows: Tensor) -> None:
+    """Refuses a stream, by its name, or rows of another dtype or shape."""
     if states.dim() != 3 or not states.is_floating_point():
         raise ValueError(
             f"`{name}` must be floating point of shape (batch, n, width), got {states.dtype} of shape "
@@ -165,5 +170,6 @@ def _check_rows(name: str, states: Tensor, rows: Tensor) -> None:
         )
 
 
-def _copy(states: Tensor) -> Tensor:
+def dense_copy(states: Tensor) -> Tensor:
+    """A new tensor without gaps, whatever the strides."""
     return states.clone(memory_format=torch.contiguous_format)
