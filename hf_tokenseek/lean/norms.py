@@ -14,29 +14,37 @@ from .trial import Trial, compare, small_copy
 EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 
 
-def _eps(module: nn.Module) -> float:
+def eps_of(module: nn.Module) -> float:
+    """What a norm adds under the root, by any of its names."""
     return next((getattr(module, name) for name in EPS_NAMES if hasattr(module, name)), 1e-5)
 
 
 def _rms(offset: float, cast_before_weight: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+    rule = {"offset": offset, "cast_before_weight": cast_before_weight}
+
     def forward(self, hidden_states: Tensor) -> Tensor:
-        inputs = hidden_states, getattr(self, "weight", None), _eps(self)
-        rule = {"offset": offset, "cast_before_weight": cast_before_weight}
+        inputs = hidden_states, getattr(self, "weight", None), eps_of(self)
         velora = getattr(self, "velora_input", None)
         if velora is None or not velora.is_wanted(self):
             return rms_norm(*inputs, **rule)
         projector = velora.projector
         return velora.offer(*rms_norm_compress(*inputs, projector.directions, projector.size, **rule))
 
+    forward.rms_rule = rule
     return forward
 
 
 def _layer(self, hidden_states: Tensor) -> Tensor:
-    return layer_norm(hidden_states, getattr(self, "weight", None), getattr(self, "bias", None), _eps(self))
+    return layer_norm(hidden_states, getattr(self, "weight", None), getattr(self, "bias", None), eps_of(self))
 
 
 # Llama multiplies by the weight after the cast to the input's dtype, OLMo 2 before it, Gemma by 1 + weight before it.
 CONVENTIONS = (_rms(0.0, True), _rms(0.0, False), _rms(1.0, False), _layer)
+
+
+def rms_rule_of(module: nn.Module) -> dict | None:
+    """The options of [`rms_norm`] that a lean norm computes with; `None` for any other module."""
+    return getattr(type(module).forward, "rms_rule", None)
 
 
 def is_candidate(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenseek_kernels import join_rows, split_rows
+from tokenseek_kernels import join_rows
 
 from ..patched_forward import PatchedForward
 from ..patching import evaluating, recomputed_within
@@ -17,6 +17,7 @@ from ..seek.passes import hold
 from ..sublayers import Sublayers
 from .config import LemoConfig
 from .elimination import Elimination
+from .first_norm import split_for
 from .neurons import NeuronMlp
 from .offload import Offload
 from .states import KeptDitchState, KeptScoutState, KeptState, PeekState, Places
@@ -163,17 +164,18 @@ class SparseLayer:
             # selected among the tokens that every layer keeps
             return call(hidden, None, KeptDitchState(call.seek, places))
         state = KeptState(places) if call.seek is None else KeptScoutState(call.seek, places)
-        rest, kept = split_rows(hidden, places.rows)
+        with split_for(self.layer, hidden, places.rows) as (rest, kept):
+            fresh = call(kept, places.rows, state, places.taken)
         # not in place: checkpoints, hooks and output_hidden_states hold what the layer was given
-        return join_rows(rest, call(kept, places.rows, state, places.taken), places.rows)
+        return join_rows(rest, fresh, places.rows)
 
     def _detach(self, call: LayerCall, hidden: Tensor, places: Places, lemo: Elimination) -> Tensor:
         scout = ScoutState(lemo.visibility)
         with torch.no_grad(), evaluating(self.layer):
             everything = call(hidden, None, scout)
-        rest, kept = split_rows(hidden, places.rows)
         ditch = DitchState(scout.kept, places.rows, lemo.visibility)
-        fresh = hold(call(kept, places.rows, ditch, places.taken), scout)
+        with split_for(self.layer, hidden, places.rows) as (rest, kept):
+            fresh = hold(call(kept, places.rows, ditch, places.taken), scout)
         return _Exact.apply(join_rows(rest, fresh, places.rows), everything)
 
 
