@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -254,6 +255,32 @@ def token_rows(sizes: Sizes) -> list[Contender]:
     ]
 
 
+def normed_rows(sizes: Sizes) -> list[Contender]:
+    """The same with lean layers: the rows come with what the layer's first norm makes of them."""
+    hidden, rows = sizes.shape.hidden, sizes.selected()
+    states, weight = sizes.random(1, sizes.tokens, hidden, grad=True), sizes.random(hidden)
+
+    def one_by_one(impl: str) -> tuple[Tensor, Tensor, Tensor]:
+        rest, kept = kernels.split_rows(states, rows, impl)
+        return rest, kept, kernels.rms_norm(kept, weight, 1e-6, impl=impl)
+
+    def ours(split: Callable[[], tuple[Tensor, Tensor, Tensor]], impl: str) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            rest, kept, normed = split()
+            return kernels.join_rows(rest, kept + normed, rows, impl=impl)
+
+        return run
+
+    def fused(impl: str) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels.split_normed_rows(states, rows, weight, 1e-6, impl=impl)
+
+    return [
+        Contender("triton", ours(partial(fused, "triton"), "triton"), [states]),
+        Contender("triton, one by one", ours(partial(one_by_one, "triton"), "triton"), [states]),
+        Contender("torch", ours(partial(fused, "torch"), "torch"), [states]),
+    ]
+
+
 def block_scores(sizes: Sizes) -> list[Contender]:
     """By what LeMo chooses the blocks of tokens that a layer works on, over all pairs."""
     shape, n = sizes.shape, sizes.tokens
@@ -273,6 +300,7 @@ CASES = (
     gated_linear,
     compress,
     token_rows,
+    normed_rows,
     block_scores,
 )
 

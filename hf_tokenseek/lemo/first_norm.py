@@ -1,4 +1,4 @@
-"""A layer's rows and what its first norm makes of them, in one kernel where lean layers know what the norm computes."""
+"""A layer's rows and what its first norm makes of them, in one kernel where lean layers know what that is."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -19,7 +19,7 @@ class Places:
     The kept rows of a layer as queries and keys.
 
     They stand side by side and see each other in their order: dropped tokens cost nothing. Where a window counts
-    positions, keys are spread out to their own, and nobody sees those between them.
+    tokens, each query is told which of the kept keys it begins with.
 
     Args:
         rows (`torch.LongTensor` of shape `(batch, k)`): kept positions, ascending, -1 behind them.
@@ -27,47 +27,39 @@ class Places:
         simple (`bool`): one document a sequence, so that causality is the whole rule.
 
     Attributes:
+        segments (`torch.LongTensor` of shape `(batch, k)`, *optional*): documents of the kept rows, where needed.
         taken (`dict`): positions and rotations of the kept rows, by what they are taken from: layers that keep the
             same rows share them.
     """
 
     def __init__(self, rows: Tensor, segments: Tensor, simple: bool):
-        self.rows, self.n, self._segments, self._simple = rows, segments.shape[1], segments, simple
+        self.rows, self.n = rows, segments.shape[1]
+        self.segments: Tensor | None = None
+        if not simple:
+            self.segments = segments.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -1)
         self.taken: dict[int, tuple[Tensor, Tensor]] = {}
-        self._documents: dict[bool, Tensor] = {}
+        self._first_keys: dict[int, Tensor] = {}
         # one place more than there are positions takes what belongs nowhere
         self._at = rows.masked_fill(rows < 0, self.n)
 
-    def spreads(self, window: int | None) -> bool:
-        """Whether a window of this size hides anything."""
-        return window is not None and window < self.n
-
-    def segments(self, spread: bool) -> Tensor | None:
-        """Documents of all positions, -1 where a token is dropped, `(batch, n)`; or of the kept rows, where needed."""
-        if not spread and self._simple:
-            return None
-        if spread not in self._documents:
-            if spread:
-                found = self._segments.masked_fill(~self.to_positions(self.rows >= 0), -1)
-            else:
-                found = self._segments.gather(1, self.rows.clamp(min=0)).masked_fill(self.rows < 0, -1)
-            self._documents[spread] = found
-        return self._documents[spread]
+    def rule(self, rule: dict) -> dict:
+        """The rule of attention over all tokens as that of the kept ones."""
+        window = rule["window"]
+        if window is None or window >= self.n:
+            return rule | {"window": None}
+        if window not in self._first_keys:
+            # layers of one window share them
+            self._first_keys[window] = torch.searchsorted(self._at, self._at - window + 1)
+        return rule | {"first_keys": self._first_keys[window]}
 
     def forget(self) -> None:
         """Lets go of what layers share while they are computed; whoever still needs it has it."""
         self.taken.clear()
-        self._documents.clear()
+        self._first_keys.clear()
 
     def to_positions(self, values: Tensor) -> Tensor:
         """One value a kept row `(batch, k)` at its position `(batch, n)`, zeros elsewhere."""
         return values.new_zeros(len(values), self.n + 1).scatter_(1, self._at, values)[:, :-1]
-
-    def spread(self, states: Tensor) -> Tensor:
-        """Keys or values `(batch, heads, k, dim)` at their positions `(batch, heads, n, dim)`, zeros elsewhere."""
-        full = states.new_zeros(*states.shape[:2], self.n + 1, states.shape[3])
-        at = self._at[:, None, :, None].expand_as(states)
-        return full.scatter_(2, at, states.detach())[:, :, :-1].contiguous()
 
     def slots(self, rows: Tensor) -> Tensor:
         """The place of each of these positions among the kept rows, -1 for those that are not kept."""
@@ -88,11 +80,7 @@ class KeptState:
 
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, **rule) -> Tensor:
         """`(batch, k, heads, value_dim)`; what stands in empty slots does not matter."""
-        places, spreads = self.places, self.places.spreads(rule["window"])
-        if spreads:
-            states = places.spread(key), places.spread(value)
-            return selected_attention(query, key, value, *states, places.rows, places.segments(True), **rule)
-        return causal_attention(query, key, value, places.segments(False), **(rule | {"window": None}))
+        return causal_attention(query, key, value, self.places.segments, **self.places.rule(rule))
 
 
 class KeptScoutState:
@@ -109,19 +97,15 @@ class KeptScoutState:
 
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, **rule) -> Tensor:
         """`(batch, k, heads, value_dim)`; what stands in empty slots does not matter."""
-        scout, places, spreads = self.scout, self.places, self.places.spreads(rule["window"])
-        segments = places.segments(spreads)
-        states = (places.spread(key), places.spread(value)) if spreads else (compact(key), compact(value))
-        own = rule if spreads else rule | {"window": None}
-        scout.keep(module, *states)
+        scout, places = self.scout, self.places
+        rule = places.rule(rule)
+        kept = compact(key), compact(value)
+        scout.keep(module, *kept)
         if scout.collects:
             slots = places.slots(scout.mass_rows)
-            rows = scout.mass_rows.masked_fill(slots < 0, -1) if spreads else slots
-            mass = received_mass(query, states[0], slots, rows, segments, **own)
-            scout.add_mass(mass if spreads else places.to_positions(mass))
-        if spreads:
-            return selected_attention(query, key, value, *states, places.rows, segments, **own)
-        return causal_attention(query, key, value, segments, **own)
+            mass = received_mass(query, kept[0], slots, slots, places.segments, **rule)
+            scout.add_mass(places.to_positions(mass))
+        return causal_attention(query, key, value, places.segments, **rule)
 
 
 class KeptDitchState:
@@ -138,11 +122,9 @@ class KeptDitchState:
 
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, **rule) -> Tensor:
         """`(batch, k, heads, value_dim)`; zeros in empty slots."""
-        spreads = self.places.spreads(rule["window"])
-        rows = self.ditch.rows if spreads else self.places.slots(self.ditch.rows)
-        own = rule if spreads else rule | {"window": None}
-        segments = self.places.segments(spreads)
-        return selected_attention(query, key, value, *self.ditch.kept[module], rows, segments, **own)
+        places, kept = self.places, self.ditch.kept[module]
+        rows = places.slots(self.ditch.rows)
+        return selected_attention(query, key, value, *kept, rows, places.segments, **places.rule(rule))
 
 
 class Watch:

@@ -29,6 +29,7 @@ def check_attention(
     segments: torch.Tensor | None,
     window: int | None,
     value: torch.Tensor | None = None,
+    first_keys: torch.Tensor | None = None,
 ) -> None:
     """
     Refuses what does not fit together; arguments as in [`visible`] and `selected_attention`.
@@ -39,6 +40,11 @@ def check_attention(
     if window is not None and window < 1:
         raise ValueError(
             f"`window` should be at least 1 (the query's own token), got {window}. Use None for no window."
+        )
+    if first_keys is not None and (window is None or first_keys.shape != (len(key), key.shape[2])):
+        raise ValueError(
+            f"`first_keys` {tuple(first_keys.shape)} must be (batch, keys) of key {tuple(key.shape)}, beside a "
+            f"`window` in tokens, got window={window}."
         )
     if query.dim() != 4 or key.dim() != 4 or (len(query), query.shape[3]) != (len(key), key.shape[3]):
         raise ValueError(
@@ -57,7 +63,13 @@ def check_attention(
         raise ValueError(f"`segments` {tuple(segments.shape)} must be (batch, keys) of key {tuple(key.shape)}.")
 
 
-def visible(rows: torch.Tensor, segments: torch.Tensor | None, n_keys: int, window: int | None) -> torch.Tensor:
+def visible(
+    rows: torch.Tensor,
+    segments: torch.Tensor | None,
+    n_keys: int,
+    window: int | None,
+    first_keys: torch.Tensor | None = None,
+) -> torch.Tensor:
     """
     The one rule on positions that covers causal, sliding-window, padded and packed attention.
 
@@ -73,13 +85,17 @@ def visible(rows: torch.Tensor, segments: torch.Tensor | None, n_keys: int, wind
             Number of keys.
         window (`int`, *optional*):
             Sliding window: how many keys, its own included, a query sees.
+        first_keys (`torch.LongTensor` of shape `(batch, keys)`, *optional*):
+            In place of the window: the first key that the query at each index sees.
 
     Returns:
         `torch.BoolTensor` of shape `(batch, queries, keys)`.
     """
     query, key = rows[:, :, None], torch.arange(n_keys, device=rows.device)
     seen = key <= query
-    if window is not None:
+    if first_keys is not None:
+        seen = seen & (key >= first_keys.gather(1, rows.clamp(min=0))[:, :, None])
+    elif window is not None:
         seen = seen & (key > query - window)
     if segments is not None:
         own = segments.gather(1, rows.clamp(min=0))[:, :, None]

@@ -63,13 +63,30 @@ def segments_of(segments, position, exists, PADDING: tl.constexpr):
 
 
 @triton.jit
-def visible(query, own, key, document, segments, window, KEY_AXIS: tl.constexpr):
-    """Who sees whom: [queries, keys], or [keys, queries] where KEY_AXIS is 0. `own` = documents of the queries."""
+def first_seen(first_keys, slot, n_rows):
+    """
+    Index of the first key that the query in every slot sees, where each is told; otherwise the slot, which nobody
+    reads: a window in tokens follows from positions.
+    """
+    first = slot
+    if first_keys is not None:
+        first = tl.load(first_keys + slot, mask=slot < n_rows, other=NEVER)
+    return first
+
+
+@triton.jit
+def visible(query, own, first, key, document, segments, first_keys, window, KEY_AXIS: tl.constexpr):
+    """
+    Who sees whom: [queries, keys], or [keys, queries] where KEY_AXIS is 0. `own` = documents of the queries, `first` =
+    the first keys they see.
+    """
     QUERY_AXIS: tl.constexpr = 1 - KEY_AXIS
     # a vector that runs along an axis is expanded at the other one
     query, key = tl.expand_dims(query, KEY_AXIS), tl.expand_dims(key, QUERY_AXIS)
     seen = key <= query
-    if window is not None:
+    if first_keys is not None:
+        seen = seen & (key >= tl.expand_dims(first, KEY_AXIS))
+    elif window is not None:
         seen = seen & (key > query - window)
     if segments is not None:
         seen = seen & (tl.expand_dims(document, QUERY_AXIS) == tl.expand_dims(own, KEY_AXIS))
@@ -103,33 +120,48 @@ def extent(numbers):
 
 
 @triton.jit
-def keys_read(first, last, segments, window, BLOCK: tl.constexpr):
+def windows_begin(own_first, position, first, last, first_keys, window):
+    """Where the windows of the queries of a block, from `first` to `last`, begin: the first of them and the last."""
+    earliest = 0
+    latest = 0
+    if first_keys is not None:
+        earliest = tl.min(tl.where(position >= 0, own_first, NEVER))
+        latest = tl.max(tl.where(position >= 0, own_first, 0))
+    elif window is not None:
+        earliest = first - window + 1
+        latest = last - window + 1
+    return earliest, latest
+
+
+@triton.jit
+def keys_read(first, last, earliest, latest, segments, window, BLOCK: tl.constexpr):
     """
-    `(begin, whole_begin, whole_end, end)`: the keys that queries from `first` to `last` read. All of them, empty slots
-    aside, see every key between the inner two, so that the rule is needed in the margins only; the first three are
-    multiples of BLOCK.
+    `(begin, whole_begin, whole_end, end)`: the keys that queries from `first` to `last` read, whose windows begin from
+    `earliest` to `latest`. All of them, empty slots aside, see every key between the inner two, so that the rule is
+    needed in the margins only; the first three are multiples of BLOCK.
     """
     begin = 0
     if window is not None:
-        begin = tl.maximum(first - window + 1, 0) // BLOCK * BLOCK
+        begin = tl.maximum(earliest, 0) // BLOCK * BLOCK
     whole_begin = begin
     whole_end = begin
     if segments is None:
         if window is not None:
-            whole_begin = tl.maximum(begin, tl.cdiv(tl.maximum(last - window + 1, 0), BLOCK) * BLOCK)
+            whole_begin = tl.maximum(begin, tl.cdiv(tl.maximum(latest, 0), BLOCK) * BLOCK)
         whole_end = tl.maximum(whole_begin, (tl.minimum(first, last) + 1) // BLOCK * BLOCK)
     return begin, whole_begin, whole_end, last + 1
 
 
 @triton.jit
-def in_reach(key, document, first, last, lowest, highest, segments, window):
+def in_reach(key, document, earliest, last, lowest, highest, segments, window):
     """
-    Which keys queries from `first` to `last` of documents from `lowest` to `highest` read: all that one of them sees,
-    and none of padding, of the future, in front of the window, of other documents. (Weight 0 is no cure for a NaN.)
+    Which keys are read by queries up to `last`, whose windows begin at `earliest` or behind it, of documents from
+    `lowest` to `highest`: all that one of them sees, and none of padding, of the future, in front of the window, of
+    other documents. (Weight 0 is no cure for a NaN.)
     """
     reached = key <= last
     if window is not None:
-        reached = reached & (key > first - window)
+        reached = reached & (key >= earliest)
     if segments is not None:
         reached = reached & (document >= lowest) & (document <= highest)
     return reached

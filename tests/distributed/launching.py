@@ -33,6 +33,12 @@ LEMO = {
     "lemo": ("--seek", "false", "--lemo", json.dumps(_LEMO)),
     "lemo_seek": ("--lemo", json.dumps({**_LEMO, "dense_first": 1})),
     "lemo_detach": ("--seek", "false", "--lemo", json.dumps({**_LEMO, "mode": "detach", "rescore": 1})),
+    "lemo_layer_below": (
+        *("--seek", "false", "--lemo"),
+        json.dumps({**_LEMO, "dense_first": 1, "score": "previous_layer"}),
+    ),
+    # rows and norms from one kernel, whose weight ranks divide
+    "lemo_lean": ("--seek", "false", "--lean", "true", "--mlp_tiles", "2", "--lemo", json.dumps(_LEMO)),
     "lemo_checkpointed": ("--seek", "false", "--gradient_checkpointing", "true", "--lemo", json.dumps(_LEMO)),
 }
 

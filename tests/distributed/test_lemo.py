@@ -11,6 +11,10 @@ from tests.distributed.test_strategies import assert_method_run
 CASES = [
     ("ddp", "lemo", True),
     ("ddp", "lemo_detach", False),
+    ("ddp", "lemo_layer_below", False),
+    ("ddp", "lemo_lean", False),
+    ("fsdp2", "lemo_lean", False),
+    ("zero3", "lemo_lean", False),
     ("fsdp2", "lemo_seek", True),
     ("fsdp2", "lemo_checkpointed", False),
     ("zero2", "lemo", False),

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 
+from tests.kernels.gaps import with_first_keys
 from tokenseek_kernels import attention_mass, causal_attention
 from tokenseek_kernels.attention_mass.function import _mass_op
 from tokenseek_kernels.scores import visible
@@ -20,6 +21,8 @@ RULES = {
     "softcap": {"softcap": 1.5},
     "sinks": {"sinks": True},
     "all": {"window": 31, "softcap": 2.0, "sinks": True, "scale": 0.3},
+    "gaps": {"window": 25, "gaps": True},
+    "all with gaps": {"window": 60, "gaps": True, "softcap": 2.0, "sinks": True, "scale": 0.3},
 }
 # -1 behind the rows, in front of them and between them; one sequence has few
 ROWS = torch.full((2, 40), -1)
@@ -44,7 +47,9 @@ def draw(device, dtype=torch.float32, heads=(2, 1), dim=16, rule="causal", layou
     generator = torch.Generator().manual_seed(0)
     sizes = ((len(rows), heads[0], rows.shape[1], dim), (len(rows), heads[1], keys, dim), (heads[0],))
     query, key, sinks = (torch.randn(*s, generator=generator, dtype=torch.float64).to(device, dtype) for s in sizes)
-    options = {name: sinks if name == "sinks" else value for name, value in RULES[rule].items()}
+    own = {"sinks": sinks}
+    options = {name: own.get(name, value) for name, value in with_first_keys(RULES[rule], len(rows), keys).items()}
+    options |= {"first_keys": options["first_keys"].to(device)} if "first_keys" in options else {}
     segments = LAYOUTS[layout]
     return (query, key, rows.to(device), None if segments is None else segments.to(device)), options
 
@@ -52,7 +57,7 @@ def draw(device, dtype=torch.float32, heads=(2, 1), dim=16, rule="causal", layou
 def exact(arguments, options):
     """The dense reference in float64."""
     query, key, rows, segments = arguments
-    options = {name: value.double() if torch.is_tensor(value) else value for name, value in options.items()}
+    options = {name: value.double() if name == "sinks" else value for name, value in options.items()}
     return attention_mass(query.double(), key.double(), rows, segments, **options, impl="reference")
 
 
@@ -63,7 +68,7 @@ def log_sum_exp(arguments, options):
     scores *= options.get("scale", query.shape[-1] ** -0.5)
     if "softcap" in options:
         scores = options["softcap"] * (scores / options["softcap"]).tanh()
-    seen = visible(rows, segments, key.shape[2], options.get("window"))[:, None]
+    seen = visible(rows, segments, key.shape[2], options.get("window"), options.get("first_keys"))[:, None]
     lse = scores.masked_fill(~seen, float("-inf")).logsumexp(-1)
     if "sinks" in options:
         lse = torch.logaddexp(lse, options["sinks"].double()[:, None])
@@ -117,7 +122,7 @@ def test_blocks_of_a_launch(device, dim, dtype):
     ],
     ids=["one row", "all rows", "many rows", "none"],
 )
-@pytest.mark.parametrize("rule", ["causal", "window", "all"])
+@pytest.mark.parametrize("rule", ["causal", "window", "all", "all with gaps"])
 def test_extremes(small_blocks, device, rule, rows):
     arguments, options = draw(device, rule=rule, rows=rows)
     assert_close(attention_mass(*arguments, **options, impl="triton"), exact(arguments, options))
@@ -155,7 +160,7 @@ def test_same_bits_every_time(small_blocks, device):
     assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("rule", ["window", "all"])
+@pytest.mark.parametrize("rule", ["window", "all", "all with gaps"])
 def test_takes_the_log_sum_exp_of_causal_attention(small_blocks, device, rule):
     rows = torch.arange(KEYS).expand(2, KEYS)
     (query, key, rows, segments), options = draw(device, rows=rows, rule=rule, layout="packed")
@@ -165,7 +170,7 @@ def test_takes_the_log_sum_exp_of_causal_attention(small_blocks, device, rule):
 
 
 def test_opcheck(small_blocks, device):
-    (query, key, rows, segments), options = draw(device, rows=ROWS[:, :4], layout="left", rule="sinks")
-    rule = (0.5, None, None, options["sinks"])
+    (query, key, rows, segments), options = draw(device, rows=ROWS[:, :4], layout="left", rule="all with gaps")
+    rule = (0.5, None, options["window"], options["first_keys"], options["sinks"])
     for lse in (None, torch.ones(2, 2, 4, device=device)):
         torch.library.opcheck(_mass_op.operator, (query, key, rows, segments, *rule, lse, "triton"))

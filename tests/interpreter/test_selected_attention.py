@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from tests.kernels.gaps import with_first_keys
 from tokenseek_kernels import causal_attention, selected_attention
 from tokenseek_kernels.scores import visible
 from tokenseek_kernels.selected_attention.function import _backward_op, _forward_op, _overlay_op, overlay_
@@ -20,6 +21,8 @@ RULES = {
     "softcap": {"softcap": 1.5},
     "sinks": {"sinks": True},
     "all": {"window": 31, "softcap": 2.0, "sinks": True, "scale": 0.3},
+    "gaps": {"window": 25, "gaps": True},
+    "all with gaps": {"window": 60, "gaps": True, "softcap": 2.0, "sinks": True, "scale": 0.3},
 }
 LAYOUTS = ("whole", "left", "right", "packed")
 NAMES = ("output", "query", "key", "value", "sinks")
@@ -71,7 +74,9 @@ class Case:
         leaves = [draw(batch, n_heads, k, dim), draw(batch, kv_heads, k, dim), draw(batch, kv_heads, k, value_dim)]
         self.scouted = [draw(batch, kv_heads, keys, dim), draw(batch, kv_heads, keys, value_dim)]
         self.upstream = draw(batch, k, n_heads, value_dim)
-        self.options = dict(RULES[rule])
+        self.options = with_first_keys(RULES[rule], batch, keys)
+        if "first_keys" in self.options:
+            self.options["first_keys"] = self.options["first_keys"].to(device)
         if self.options.pop("sinks", False):
             leaves.append(draw(n_heads))
         self.leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -155,7 +160,7 @@ def test_blocks_of_a_launch(device, dims, dtype):
     ],
     ids=["one row", "one key", "all rows", "none", "one behind a block", "late rows"],
 )
-@pytest.mark.parametrize("rule", ["causal", "window", "all"])
+@pytest.mark.parametrize("rule", ["causal", "window", "all", "gaps"])
 def test_extremes(small_blocks, device, rule, rows, keys):
     ours = Case(device, torch.float32, rows, keys, rule=rule).check()
     empty = (rows < 0).to(device)
@@ -164,24 +169,24 @@ def test_extremes(small_blocks, device, rule, rows, keys):
         assert (gradient.transpose(1, 2)[empty] == 0).all()
 
 
-@pytest.mark.parametrize("rule", ["causal", "all"])
+@pytest.mark.parametrize("rule", ["causal", "all", "all with gaps"])
 def test_float64(small_blocks, device, rule):
     Case(device, torch.float64, heads=(4, 2), dims=(8, 5), rule=rule, layout="packed").check()
 
 
-@pytest.mark.parametrize(("rule", "layout"), [("causal", "whole"), ("all", "packed")])
+@pytest.mark.parametrize(("rule", "layout"), [("causal", "whole"), ("all", "packed"), ("all with gaps", "packed")])
 def test_gradcheck(small_blocks, device, rule, layout):
     case = Case(device, torch.float64, draw_rows((4, 2), 4), dims=(3, 2), rule=rule, layout=layout)
     assert torch.autograd.gradcheck(lambda *leaves: case.attend("triton", leaves), case.leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("rule", ["causal", "window", "all"])
+@pytest.mark.parametrize("rule", ["causal", "window", "all", "gaps"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nothing_leaks_from_what_nobody_sees(small_blocks, device, rule, layout):
     """Bit for bit: NaN in the future and in padding, anything finite in other documents or in front of the window."""
     case = Case(device, torch.float32, draw_rows((20, 5), 20, keys=44), rule=rule, layout=layout)
     before = case.run("triton")
-    seen = visible(case.rows, case.segments, KEYS, case.options.get("window")).any(1)
+    seen = visible(case.rows, case.segments, KEYS, case.options.get("window"), case.options.get("first_keys")).any(1)
     hopeless = torch.arange(KEYS, device=device) > case.rows.amax(1, keepdim=True)
     if case.segments is not None:
         hopeless = hopeless | (case.segments < 0)
@@ -280,11 +285,12 @@ def test_same_bits_every_time(small_blocks, device):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("rule", "layout"), [("causal", "whole"), ("all", "left")])
+@pytest.mark.parametrize(("rule", "layout"), [("causal", "whole"), ("all", "left"), ("all with gaps", "left")])
 def test_opcheck(small_blocks, device, rule, layout):
     case = Case(device, torch.float32, draw_rows((5, 2), 5), heads=(2, 2), dims=(8, 6), rule=rule, layout=layout)
     query, _, _, *sinks = (leaf.detach() for leaf in case.leaves)
-    own = (case.options.get("scale", 0.5), case.options.get("softcap"), case.options.get("window"), *(sinks or [None]))
+    options = (case.options.get(name) for name in ("softcap", "window", "first_keys"))
+    own = (case.options.get("scale", 0.5), *options, *(sinks or [None]))
     own = (case.rows, case.segments, *own, "triton")
     torch.library.opcheck(_forward_op.operator, (query, *case.scouted, *own))
     output, lse = _forward_op(query, *case.scouted, *own)
@@ -294,7 +300,7 @@ def test_opcheck(small_blocks, device, rule, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rule", ["window", "softcap", "sinks", "all"])
+@pytest.mark.parametrize("rule", ["window", "softcap", "sinks", "all", "gaps", "all with gaps"])
 def test_causal_attention(small_blocks, device, rule, layout):
     rows = torch.arange(KEYS).expand(2, KEYS)
     case = Case(device, torch.float32, rows, rule=rule, layout=layout)
@@ -303,7 +309,7 @@ def test_causal_attention(small_blocks, device, rule, layout):
     theirs = causal_attention(query, key, value, case.segments, **own, impl="torch")
     ours, lse = causal_attention(query, key, value, case.segments, **own, impl="triton", return_lse=True)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)
-    seen = visible(case.rows, case.segments, KEYS, own.get("window"))
+    seen = visible(case.rows, case.segments, KEYS, own.get("window"), own.get("first_keys"))
     plain = (query.double() @ key.double().repeat_interleave(2, 1).mT) * own.get("scale", 16**-0.5)
     if "softcap" in own:
         plain = own["softcap"] * (plain / own["softcap"]).tanh()

@@ -11,19 +11,20 @@ from hf_tokenseek.memory import SavedActivations
 LAYERS = 6
 
 
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "use_cache": False,
+}
+
+
 def deep_llama(dtype=torch.float64, layers=LAYERS) -> LlamaForCausalLM:
     """Always the same, in training mode."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).to(dtype).train()
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers)).to(dtype).train()
 
 
 def batch(rows=2, tokens=15, seed=0) -> dict:

@@ -3,11 +3,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenseek_kernels.scores as scores_module
+from tests.kernels.gaps import first_keys_of, positions_with_gaps
 from tokenseek_kernels import attention_mass
 from tokenseek_kernels.attention_mass.function import _mass_op
 from tokenseek_kernels.selected_attention.function import _forward_op
 
 BATCH, HEADS, KEYS, DIM = 3, 4, 21, 7
+# where keys stand if tokens between them have been left out
+PLACES = positions_with_gaps(BATCH, KEYS)
 SINKS = torch.linspace(-1, 2, HEADS, dtype=torch.float64)
 RULES = {
     "causal": {},
@@ -15,6 +18,14 @@ RULES = {
     "softcap": {"softcap": 1.5},
     "sinks": {"sinks": SINKS},
     "all": {"window": 7, "softcap": 2.0, "scale": 0.3, "sinks": SINKS},
+    "gaps": {"window": 9, "first_keys": first_keys_of(PLACES, 9)},
+    "all with gaps": {
+        "window": 17,
+        "first_keys": first_keys_of(PLACES, 17),
+        "softcap": 2.0,
+        "scale": 0.3,
+        "sinks": SINKS,
+    },
 }
 # queries of real tokens in every layout below; -1 slots, and a sequence without any
 ROWS = torch.tensor([[6, 7, 13, 20], [5, 19, -1, -1], [-1, -1, -1, -1]])
@@ -32,14 +43,15 @@ def draw(kv_heads=2, dtype=torch.float64):
     return query.to(dtype), key.to(dtype)
 
 
-def loop(query, key, segments, scale=None, softcap=None, window=None, sinks=None):
+def loop(query, key, segments, scale=None, softcap=None, window=None, first_keys=None, sinks=None):
     """Query by query and head by head, from the words of the docstring."""
     mass = torch.zeros(BATCH, KEYS, dtype=torch.float64)
     scale = DIM**-0.5 if scale is None else scale
     for b in range(BATCH):
         own = torch.zeros(KEYS) if segments is None else segments[b]
+        at = range(KEYS) if first_keys is None else PLACES[b].tolist()
         for slot, i in enumerate(ROWS[b].tolist()):
-            sees = [j for j in range(i + 1) if own[j] == own[i] >= 0 and (window is None or i - j < window)]
+            sees = [j for j in range(i + 1) if own[j] == own[i] >= 0 and (window is None or at[i] - at[j] < window)]
             for h in range(HEADS if sees else 0):
                 scores = key[b, h // (HEADS // key.shape[1]), sees] @ query[b, h, slot] * scale
                 if softcap is not None:
@@ -79,7 +91,7 @@ def test_the_log_sum_exp_may_be_given(monkeypatch, rule, layout):
     query, key = draw()
     options, segments = RULES[rule], LAYOUTS[layout]
     # the log-sum-exp of selected_attention, whose values matter to nobody here
-    own = (options.get("scale", DIM**-0.5), options.get("softcap"), options.get("window"), options.get("sinks"))
+    own = (options.get("scale", DIM**-0.5), *map(options.get, ("softcap", "window", "first_keys", "sinks")))
     _, lse = _forward_op(query, key, key, ROWS, segments, *own, "torch")
     mass = attention_mass(query, key, ROWS, segments, **options, lse=lse)
     torch.testing.assert_close(mass.double(), loop(query, key, segments, **options), rtol=1e-5, atol=1e-6)
@@ -103,7 +115,7 @@ def test_low_precision_sums_in_float32(rule, dtype):
     """The inputs are rounded; nothing behind them is."""
     query, key = draw(dtype=dtype)
     truth = loop(query.double(), key.double(), LAYOUTS["packed"], **RULES[rule])
-    options = {name: v.float() if torch.is_tensor(v) else v for name, v in RULES[rule].items()}
+    options = {name: v.float() if name == "sinks" else v for name, v in RULES[rule].items()}
     with torch.autocast("cpu", torch.bfloat16):
         mass = attention_mass(query, key, ROWS, LAYOUTS["packed"], **options)
     torch.testing.assert_close(mass.double(), truth, rtol=1e-5, atol=1e-5)
@@ -111,9 +123,13 @@ def test_low_precision_sums_in_float32(rule, dtype):
 
 def test_fake_tensors_and_opcheck():
     query, key = draw(dtype=torch.float32)
-    for segments, options in ((None, RULES["causal"]), (LAYOUTS["left"], RULES["all"])):
+    for segments, options in (
+        (None, RULES["causal"]),
+        (LAYOUTS["left"], RULES["all"]),
+        (LAYOUTS["left"], RULES["gaps"]),
+    ):
         sinks = None if options.get("sinks") is None else options["sinks"].float()
-        rule = (0.5, options.get("softcap"), options.get("window"), sinks)
+        rule = (0.5, options.get("softcap"), options.get("window"), options.get("first_keys"), sinks)
         for lse in (None, torch.ones(query.shape[:3])):
             torch.library.opcheck(_mass_op.operator, (query, key, ROWS, segments, *rule, lse, "torch"))
     with FakeTensorMode():

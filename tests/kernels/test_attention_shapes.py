@@ -35,6 +35,12 @@ WRONG = {
     "batch": ({"key": (B + 1, KV, N, D), "value": (B + 1, KV, N, D)}, {}, "one batch and one dim"),
     "heads": ({"key": (B, 3, N, D), "value": (B, 3, N, D)}, {}, r"query heads \(4\) must be a multiple of .* \(3\)"),
     "segments": ({}, {"segments": torch.zeros(B, N + 1).long()}, r"`segments` \(2, 8\) must be \(batch, keys\)"),
+    "first keys": (
+        {},
+        {"window": 2, "first_keys": torch.zeros(B, K).long()},
+        r"`first_keys` \(2, 3\) must be \(batch, keys\) of key \(2, 2, 7, 8\)",
+    ),
+    "no window": ({}, {"first_keys": torch.zeros(B, N).long()}, "beside a `window` in tokens, got window=None"),
     "window": ({}, {"window": 0}, "`window` should be at least 1"),
 }
 

@@ -3,9 +3,12 @@ import torch
 import torch.nn.functional as F
 
 import tokenseek_kernels.scores as scores_module
+from tests.kernels.gaps import first_keys_of, positions_with_gaps
 from tokenseek_kernels import causal_attention, selected_attention
 
 BATCH, HEADS, KEYS = 2, 4, 23
+# where keys stand if tokens between them have been left out
+PLACES = positions_with_gaps(BATCH, KEYS)
 RULES = {
     "causal": {},
     "wide window": {"window": KEYS},
@@ -13,6 +16,9 @@ RULES = {
     "softcap": {"softcap": 1.5},
     "sinks": {"sinks": torch.linspace(-1, 2, HEADS, dtype=torch.float64)},
     "all": {"window": 7, "softcap": 2.0, "scale": 0.3, "sinks": torch.linspace(-1, 2, HEADS, dtype=torch.float64)},
+    "gaps": {"window": 9, "first_keys": first_keys_of(PLACES, 9)},
+    # as many keys as there are, and yet some are hidden
+    "wide window and gaps": {"window": KEYS, "first_keys": first_keys_of(PLACES, KEYS)},
 }
 LAYOUTS = {
     "whole": None,
@@ -28,15 +34,16 @@ def draw(kv_heads=2, dim=8, value_dim=8, dtype=torch.float64):
     return [torch.randn(BATCH, h, KEYS, d, generator=generator, dtype=torch.float64).to(dtype) for h, d in sizes]
 
 
-def loop(query, key, value, segments, scale=None, softcap=None, window=None, sinks=None):
+def loop(query, key, value, segments, scale=None, softcap=None, window=None, first_keys=None, sinks=None):
     """Row by row and head by head, from the words of the docstring."""
     output = torch.zeros(BATCH, KEYS, HEADS, value.shape[-1], dtype=query.dtype)
     group = HEADS // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     for b in range(BATCH):
         own = torch.zeros(KEYS) if segments is None else segments[b]
+        at = range(KEYS) if first_keys is None else PLACES[b].tolist()
         for i in range(KEYS):
-            sees = [j for j in range(i + 1) if own[j] == own[i] >= 0 and (window is None or i - j < window)]
+            sees = [j for j in range(i + 1) if own[j] == own[i] >= 0 and (window is None or at[i] - at[j] < window)]
             for h in range(HEADS if sees else 0):
                 scores = key[b, h // group, sees] @ query[b, h, i] * scale
                 if softcap is not None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenseek_kernels.scores as scores_module
+from tests.kernels.gaps import first_keys_of, positions_with_gaps, with_first_keys
 from tokenseek_kernels import selected_attention
 from tokenseek_kernels.selected_attention.function import _backward_op, _forward_op, overlay_
 
@@ -16,6 +17,8 @@ RULES = {
     "softcap": {"softcap": 1.5},
     "sinks": {"sinks": True},
     "all": {"window": 7, "softcap": 2.0, "sinks": True, "scale": 0.3},
+    "gaps": {"window": 9, "gaps": True},
+    "all with gaps": {"window": 17, "gaps": True, "softcap": 2.0, "sinks": True, "scale": 0.3},
 }
 # kv_heads, dim, value_dim
 SHAPES = {"mha": (4, 8, 8), "gqa": (2, 7, 7), "mqa": (1, 8, 5)}
@@ -40,9 +43,9 @@ def make_segments(layout):
 def make_inputs(shape="gqa", rule="causal", rows=ROWS, keys=KEYS, dtype=torch.float64, seed=0):
     """Leaves with gradient (query, fresh key, fresh value, sinks), scouted K and V, and an upstream gradient."""
     kv_heads, dim, value_dim = SHAPES[shape]
-    options = dict(RULES[rule])
     generator = torch.Generator().manual_seed(seed)
     batch, count = rows.shape
+    options = with_first_keys(RULES[rule], batch, keys)
 
     def draw(*size):
         return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
@@ -115,7 +118,7 @@ def test_all_rows_equal_torchs_causal_attention(shape):
         torch.testing.assert_close(own, theirs)
 
 
-@pytest.mark.parametrize("rule", ["causal", "all"])
+@pytest.mark.parametrize("rule", ["causal", "all", "all with gaps"])
 def test_gradcheck(rule):
     rows = torch.tensor([[1, 4], [5, -1]])
     segments = torch.tensor([[-1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1]])
@@ -130,12 +133,31 @@ def test_invisible_columns_reach_nothing(rule, layout):
     leaves, scouted, upstream, options = make_inputs("gqa", rule)
     segments = make_segments(layout)
     before = values_and_gradients(leaves, scouted, upstream, ROWS, segments, options)
-    seen = scores_module.visible(ROWS, segments, KEYS, options.get("window")).any(1)
+    seen = scores_module.visible(ROWS, segments, KEYS, options.get("window"), options.get("first_keys")).any(1)
     assert not seen.all()
     poison = torch.where(seen[:, None, :, None], 0.0, 1e30)
     after = values_and_gradients(leaves, [s + poison for s in scouted], upstream, ROWS, segments, options)
     for one, other in zip(before, after, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_that_are_left_out_are_as_if_they_were_padding(layout):
+    """At their positions among the others, with keys and values that nobody sees."""
+    leaves, scouted, upstream, options = make_inputs("gqa", "all")
+    positions, segments, n = positions_with_gaps(len(ROWS), KEYS), make_segments(layout), 12 * KEYS + 1
+    options["window"] = 17
+    found = values_and_gradients(
+        leaves, scouted, upstream, ROWS, segments, {**options, "first_keys": first_keys_of(positions, 17)}
+    )
+    everywhere = torch.full((len(ROWS), n), -1).scatter(
+        1, positions, torch.zeros_like(positions) if segments is None else segments
+    )
+    index = positions[:, None, :, None]
+    spread = [s.new_full((*s.shape[:2], n, s.shape[3]), 1e3).scatter(2, index.expand_as(s), s) for s in scouted]
+    at = positions.gather(1, ROWS.clamp(min=0)).masked_fill(ROWS < 0, -1)
+    expected = values_and_gradients(leaves, spread, upstream, at, everywhere, options)
+    torch.testing.assert_close(found, expected)
 
 
 def test_empty_slots_give_and_receive_nothing():
@@ -200,7 +222,7 @@ def test_overlay_writes_exactly_the_selected_rows():
         assert torch.equal(written[sequence, :, position], source)
 
 
-@pytest.mark.parametrize("rule", ["causal", "all"])
+@pytest.mark.parametrize("rule", ["causal", "all", "all with gaps"])
 def test_fake_tensors(rule):
     with FakeTensorMode():
         (query, key, value, *sinks), scouted, upstream, options = fake_inputs(rule)
@@ -214,20 +236,27 @@ def test_fake_tensors(rule):
 
 
 def fake_inputs(rule):
-    options = dict(RULES[rule])
+    options = with_first_keys(RULES[rule], 2, KEYS)
     leaves = [torch.empty(2, HEADS, 3, 8), torch.empty(2, 2, 3, 8), torch.empty(2, 2, 3, 6)]
     leaves += [torch.empty(HEADS)] if options.pop("sinks", False) else []
     scouted = [torch.empty(2, 2, KEYS, 8), torch.empty(2, 2, KEYS, 6)]
     return [leaf.requires_grad_() for leaf in leaves], scouted, torch.empty(2, 3, HEADS, 6), options
 
 
-@pytest.mark.parametrize("rule", ["causal", "all"])
+@pytest.mark.parametrize("rule", ["causal", "all", "all with gaps"])
 def test_opcheck(rule):
     leaves, (key, value), upstream, options = make_inputs("gqa", rule, dtype=torch.float32)
     query, *sinks = [leaf.detach() for leaf in (leaves[0], *leaves[3:])]
     segments = make_segments("left")
     sinks = sinks[0] if sinks else None
-    rule_args = (options.get("scale", 0.5), options.get("softcap"), options.get("window"), sinks, "torch")
+    rule_args = (
+        options.get("scale", 0.5),
+        options.get("softcap"),
+        options.get("window"),
+        options.get("first_keys"),
+        sinks,
+        "torch",
+    )
     torch.library.opcheck(_forward_op.operator, (query, key, value, ROWS, segments, *rule_args))
     output, lse = _forward_op(query, key, value, ROWS, segments, *rule_args)
     arguments = (upstream, query, key, value, output, lse, ROWS, segments, *rule_args)

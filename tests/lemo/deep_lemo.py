@@ -1,13 +1,14 @@
 """A deeper Llama for LeMo, its batches, and a step that tells which rows were kept."""
 
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from hf_tokenseek import attach
-from tests.ist.tiny_ist import deep_llama, step
+from tests.ist.tiny_ist import SIZES, deep_llama, step
 from tests.lemo.naive import kept_tokens
 from tests.lemo.tiny_lemo import lemo, make_inputs
 
-LAYERS, WORDS = 4, 128
+LAYERS, WORDS, WINDOW = 4, 128, 9
 # every block is among those that are always kept: all tokens go through the gathering and scattering of rows
 ALL_KEPT = {"keep": 0.5, "sinks": 99}
 
@@ -15,6 +16,13 @@ ALL_KEPT = {"keep": 0.5, "sinks": 99}
 def llama(dtype=torch.float64, layers=LAYERS):
     """Always the same, in training mode."""
     return deep_llama(dtype, layers)
+
+
+def windowed(dtype=torch.float64):
+    """The same, with windows in all layers that hide kept tokens from each other."""
+    torch.manual_seed(0)
+    config = MistralConfig(**SIZES, num_hidden_layers=LAYERS, head_dim=8, sliding_window=WINDOW)
+    return MistralForCausalLM(config).to(dtype).train()
 
 
 def batch(layout: str = "whole", **sizes) -> dict:

@@ -15,6 +15,7 @@ from hf_tokenseek.patching import find_layers
 # norms before and behind the attention, before and behind the MLP, as the families' code has them
 _NORMS = {
     "llama": ("input_layernorm", None, "post_attention_layernorm", None),
+    "mistral": ("input_layernorm", None, "post_attention_layernorm", None),
     "gemma2": (
         "input_layernorm",
         "post_attention_layernorm",

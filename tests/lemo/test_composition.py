@@ -22,6 +22,7 @@ from tests.lemo.deep_lemo import (
     kept_rows,
     lemo_step,
     llama,
+    windowed,
 )
 from tests.lemo.naive import kept_tokens, naive_lemo
 from tests.lemo.test_loss import reference
@@ -135,10 +136,11 @@ def test_with_scores_of_labels(score):
 
 @pytest.mark.parametrize("layout", ["whole", "left", "right", "packed"])
 @pytest.mark.parametrize("mlp", ["tokens", "dense"])
-def test_with_seek_everything_selected_is_lemo_alone(layout, mlp):
+@pytest.mark.parametrize("make", [llama, windowed])
+def test_with_seek_everything_selected_is_lemo_alone(make, layout, mlp):
     inputs, fields = batch(layout), {"mlp": mlp}
-    alone = lemo_step(llama(), inputs, **fields)
-    with attach(model := llama(), seek=seek(1.0), lemo=lemo(**fields)) as handle:
+    alone = lemo_step(make(), inputs, **fields)
+    with attach(model := make(), seek=seek(1.0), lemo=lemo(**fields)) as handle:
         found = step(model, inputs)
         chosen = handle.selection
     for own, rows in zip(chosen, alone[3][0], strict=True):
@@ -154,9 +156,10 @@ def test_with_seek_everything_selected_is_lemo_alone(layout, mlp):
     ids=str,
 )
 @pytest.mark.parametrize("context", [0.3, 1.0])
-def test_with_seek_it_is_the_plain_model_whose_other_rows_are_detached(layout, fields, context):
+@pytest.mark.parametrize("make", [llama, windowed])
+def test_with_seek_it_is_the_plain_model_whose_other_rows_are_detached(make, layout, fields, context):
     """Also where layers keep different tokens: none is trained that one of them has dropped."""
-    model, inputs = llama(torch.float32), batch(layout)
+    model, inputs = make(torch.float32), batch(layout)
     with attach(model, seek=seek(context), lemo=lemo(**fields)) as handle:
         found = step(model, inputs)
         rows, chosen = kept_rows(handle), kept_tokens(handle.selection, 42)
@@ -189,6 +192,17 @@ def test_scouting_runs_on_the_kept_rows_and_training_on_the_selected_ones():
     with attach(model, seek=seek(6 / (N - ANSWER)), lemo=lemo(dense_first=1, dense_last=1, **BY_PLACE)):
         step(model, answers())
     assert seen == [N, N // 2, N // 2, N] + 4 * [6 + ANSWER]
+
+
+@pytest.mark.parametrize("layout", ["whole", "left", "packed"])
+def test_windows_give_kept_tokens_the_attention_that_they_give_all(layout):
+    """Where all tokens are kept, the same evidence is found as without LeMo."""
+    found = []
+    for own in ({}, {"lemo": lemo(**ALL_KEPT)}):
+        with attach(model := windowed(), seek=seek(0.3), **own) as handle:
+            step(model, batch(layout))
+            found.append(handle.selection)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("fields", [{}, {"mlp": "dense"}, {"rescore": 1, "score": "random"}], ids=str)

@@ -8,7 +8,7 @@ import torch
 from hf_tokenseek import attach
 from hf_tokenseek.memory import SavedActivations
 from tests.ist.tiny_ist import layers_of
-from tests.lemo.deep_lemo import LAYERS, batch, llama
+from tests.lemo.deep_lemo import LAYERS, batch, llama, windowed
 from tests.lemo.tiny_lemo import BLOCK, lemo
 
 ROWS, LENGTHS, KEEPS = 2, (40, 80, 200), (0.2, 0.5, 0.8)
@@ -58,6 +58,21 @@ def expected(n: int, keep: float, choices: int = 1) -> int:
 @pytest.mark.parametrize("keep", KEEPS)
 def test_a_dropped_token_saves_nothing(n, keep):
     assert saved(llama(), n, keep=keep) == expected(n, keep)
+
+
+def test_a_dropped_token_saves_nothing_beside_a_window_either():
+    """As many kept tokens of twice as many: what more is saved is the embedding's and the head's, as it is without."""
+
+    def of_dropped(build):
+        found = []
+        for n, keep in ((80, 0.8), (160, 0.4)):
+            with attach(model := build(), lemo=lemo(keep=keep)), SavedActivations(model) as counted:
+                loss = model(**batch(n=n, batch=ROWS)).loss
+            assert loss.requires_grad
+            found.append(counted.bytes)
+        return found[1] - found[0]
+
+    assert of_dropped(windowed) == of_dropped(llama)
 
 
 @pytest.mark.parametrize("n", LENGTHS)

@@ -5,11 +5,11 @@ import torch
 from ..scores import log_sum_exp, masked_scores, row_blocks, visible, wide
 
 
-def attention_mass(query, key, rows, segments, scale, softcap, window, sinks, lse) -> torch.Tensor:
+def attention_mass(query, key, rows, segments, scale, softcap, window, first_keys, sinks, lse) -> torch.Tensor:
     """As [`attention_mass`], the door."""
     mass = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=query.device)
     for block in row_blocks(query.shape[2], 8 * query.shape[0] * query.shape[1] * key.shape[2]):
-        seen = visible(rows[:, block], segments, key.shape[2], window)
+        seen = visible(rows[:, block], segments, key.shape[2], window, first_keys)
         scores = masked_scores(query[:, :, block], key, seen, scale, softcap)
         if lse is not None:
             # +inf where a row sees nothing: no mass

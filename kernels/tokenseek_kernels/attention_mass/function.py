@@ -19,6 +19,7 @@ def _mass_op(
     scale: float,
     softcap: float | None,
     window: int | None,
+    first_keys: Tensor | None,
     sinks: Tensor | None,
     lse: Tensor | None,
     impl: str,
@@ -27,11 +28,11 @@ def _mass_op(
     if impl == "triton":
         from . import triton as module
     with without_autocast(query.device):
-        return module.attention_mass(query, key, rows, segments, scale, softcap, window, sinks, lse)
+        return module.attention_mass(query, key, rows, segments, scale, softcap, window, first_keys, sinks, lse)
 
 
 @_mass_op.register_fake
-def _(query, key, rows, segments, scale, softcap, window, sinks, lse, impl):
+def _(query, key, rows, segments, scale, softcap, window, first_keys, sinks, lse, impl):
     return query.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
 
 
@@ -44,6 +45,7 @@ def attention_mass(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    first_keys: Tensor | None = None,
     sinks: Tensor | None = None,
     lse: Tensor | None = None,
     impl: str = "auto",
@@ -62,7 +64,7 @@ def attention_mass(
         lse (`torch.Tensor` of shape `(batch, heads, rows)`, *optional*):
             Log-sum-exp of each query's scores, its sink counted, +inf where it sees nothing, as [`causal_attention`]
             gives it. Spares the Triton kernel the first of two passes; on the CPU nothing is gained.
-        segments, scale, softcap, window, sinks, impl:
+        segments, scale, softcap, window, first_keys, sinks, impl:
             As in [`selected_attention`].
 
     Returns:
@@ -72,11 +74,11 @@ def attention_mass(
     Raises:
         ValueError: shapes do not fit together, or `impl` is unknown or cannot run here.
     """
-    check_attention(query, key, rows, segments, window)
+    check_attention(query, key, rows, segments, window, first_keys=first_keys)
     if lse is not None and lse.shape != query.shape[:3]:
         raise ValueError(f"`lse` {tuple(lse.shape)} must be (batch, heads, rows) of query {tuple(query.shape)}.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     impl = resolve_attention_impl(impl, query)
     if impl == "reference":
-        return attention_mass_reference(query, key, rows, segments, scale, softcap, window, sinks)
-    return _mass_op(query, key, rows, segments, scale, softcap, window, sinks, lse, impl)
+        return attention_mass_reference(query, key, rows, segments, scale, softcap, window, first_keys, sinks)
+    return _mass_op(query, key, rows, segments, scale, softcap, window, first_keys, sinks, lse, impl)

@@ -8,9 +8,9 @@ from torch import Tensor
 from ..compilation import Compilation, Target, target_of
 from ..scores import wide_dtype
 from ..selected_attention.triton import (
+    ABSENT,
     DTYPES,
     GATED,
-    OPTIONS,
     Blocks,
     Table,
     aligned,
@@ -25,6 +25,7 @@ from ..selected_attention.triton import (
 from ..triton_scores import (
     LOG2E,
     NEVER,
+    first_seen,
     first_slot_from,
     load_tile,
     positions_of,
@@ -42,6 +43,7 @@ def mass_kernel(
     lse,
     rows,
     segments,
+    first_keys,
     mass,
     q_batch,
     q_head,
@@ -77,6 +79,7 @@ def mass_kernel(
     exists = column < n_keys
     p_segments = None if segments is None else segments + batch * n_keys
     own_document = segments_of(p_segments, column, exists, -1)
+    p_first = None if first_keys is None else first_keys + batch * n_rows
     k = load_tile(key + batch * k_batch + kv_head * k_head, k_row, column.to(tl.int64), exists, DIM, BLOCK_DIM)
 
     total = tl.zeros([BLOCK_KEYS], WIDE)
@@ -106,7 +109,11 @@ def mass_kernel(
             if MARGIN:
                 position = positions_of(p_rows, slot, n_rows)
                 document = segments_of(p_segments, position, position >= 0, -2)
-                p = tl.where(visible(position, document, column, own_document, segments, window, KEY_AXIS=0), p, 0.0)
+                row_first = first_seen(p_first, slot, n_rows)
+                seen = visible(
+                    position, document, row_first, column, own_document, segments, first_keys, window, KEY_AXIS=0
+                )
+                p = tl.where(seen, p, 0.0)
             total += tl.sum(p, 1)
     tl.store(mass + (batch * kv_heads + kv_head) * n_keys + column, total, mask=exists)
 
@@ -121,10 +128,10 @@ MASS: Table = {
 }
 
 
-def attention_mass(query, key, rows, segments, scale, softcap, window, sinks, lse) -> Tensor:
+def attention_mass(query, key, rows, segments, scale, softcap, window, first_keys, sinks, lse) -> Tensor:
     """As [`attention_mass`], the door. Without `lse` a first pass over the scores computes it."""
     if lse is None:
-        lse = log_sum_exp(query, key, rows, segments, scale, softcap, window, sinks)
+        lse = log_sum_exp(query, key, rows, segments, scale, softcap, window, first_keys, sinks)
     batch, kv_heads, n_keys, dim = key.shape
     query, key = aligned(query), aligned(key)
     mass = query.new_empty(batch, kv_heads, n_keys, dtype=wide_dtype(query))
@@ -140,7 +147,7 @@ def attention_mass(query, key, rows, segments, scale, softcap, window, sinks, ls
             mass=mass,
             **strides("q", query),
             **strides("k", key),
-            **rule(query, key, scale, softcap, window),
+            **rule(query, key, rows, scale, softcap, window, first_keys),
             DIM=dim,
             BLOCK_DIM=padded(dim),
             **launch_options(blocks, query.dtype, target),
@@ -152,12 +159,12 @@ def compilations(target: Target) -> list[Compilation]:
     """The kernel of this operation, with every configuration that a launch may choose on `target`."""
     return [
         compilation(
-            f"attention_mass {DTYPES[dtype]} dim {dim} {'all options' if options else 'plain'}",
+            f"attention_mass {DTYPES[dtype]} dim {dim} {options}",
             mass_kernel,
             choose_blocks(MASS, dim, dtype, target),
             dtype,
             target,
-            () if options else OPTIONS,
+            ABSENT[options],
             DIM=dim,
             BLOCK_DIM=padded(dim),
         )

@@ -5,7 +5,7 @@ import torch
 from ..scores import group_heads, log_sum_exp, masked_scores, row_blocks, visible, wide, wide_dtype
 
 
-def selected_attention_forward(query, key, value, rows, segments, scale, softcap, window, sinks):
+def selected_attention_forward(query, key, value, rows, segments, scale, softcap, window, first_keys, sinks):
     """
     Attention of the selected rows over all keys.
 
@@ -21,7 +21,7 @@ def selected_attention_forward(query, key, value, rows, segments, scale, softcap
     # the flash kernel needs one additive mask for all heads, the dense one float32 scores a head
     row_bytes = batch * key.shape[2] * (2 * query.element_size() if flash else 8 * heads)
     for block in row_blocks(n_rows, row_bytes):
-        seen = visible(rows[:, block], segments, key.shape[2], window)
+        seen = visible(rows[:, block], segments, key.shape[2], window, first_keys)
         out, part = attend(query[:, :, block], key, value, seen, scale, softcap)
         if sinks is not None:
             # softmax with a sink is the plain softmax times the share of the mass that is not the sink's
@@ -62,7 +62,9 @@ def _dense_block(query, key, value, seen, scale, softcap):
     return out.masked_fill_(empty, 0.0).to(query.dtype), log_sum_exp(scores, probabilities)
 
 
-def selected_attention_backward(grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks):
+def selected_attention_backward(
+    grad, query, key, value, output, lse, rows, segments, scale, softcap, window, first_keys, sinks
+):
     """
     Gradients of the selected rows: `(d_query, d_key, d_value, d_sinks)`, the middle two at the selected columns only,
     shapes `(batch, kv_heads, rows, dim)`; `d_sinks` is empty without sinks. Sums are kept in float32.
@@ -78,7 +80,7 @@ def selected_attention_backward(grad, query, key, value, output, lse, rows, segm
     flash = _has_flash(query, value, softcap) and query.dtype == torch.float32
     differentiate = _flash_backward_block if flash else _dense_backward_block
     for block in row_blocks(n_rows, 16 * batch * heads * n_keys):
-        seen = visible(rows[:, block], segments, n_keys, window)
+        seen = visible(rows[:, block], segments, n_keys, window, first_keys)
         part, out = lse[:, :, block], output[:, block].transpose(1, 2)
         # a row that sees nothing has a softmax all the same; without an upstream gradient it does no harm
         d_out = grad[:, block].transpose(1, 2).masked_fill(~seen.any(-1)[:, None, :, None], 0.0)

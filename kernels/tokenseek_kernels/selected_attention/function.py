@@ -30,16 +30,17 @@ def _forward_op(
     scale: float,
     softcap: float | None,
     window: int | None,
+    first_keys: Tensor | None,
     sinks: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     with without_autocast(query.device):
         forward = _module_of(impl).selected_attention_forward
-        return forward(query, key, value, rows, segments, scale, softcap, window, sinks)
+        return forward(query, key, value, rows, segments, scale, softcap, window, first_keys, sinks)
 
 
 @_forward_op.register_fake
-def _(query, key, value, rows, segments, scale, softcap, window, sinks, impl):
+def _(query, key, value, rows, segments, scale, softcap, window, first_keys, sinks, impl):
     batch, heads, n_rows, _ = query.shape
     output = query.new_empty(batch, n_rows, heads, value.shape[-1])
     return output, query.new_empty(batch, heads, n_rows, dtype=wide_dtype(query))
@@ -58,16 +59,19 @@ def _backward_op(
     scale: float,
     softcap: float | None,
     window: int | None,
+    first_keys: Tensor | None,
     sinks: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with without_autocast(query.device):
         backward = _module_of(impl).selected_attention_backward
-        return backward(grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks)
+        return backward(
+            grad, query, key, value, output, lse, rows, segments, scale, softcap, window, first_keys, sinks
+        )
 
 
 @_backward_op.register_fake
-def _(grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks, impl):
+def _(grad, query, key, value, output, lse, rows, segments, scale, softcap, window, first_keys, sinks, impl):
     batch, heads, n_rows, dim = query.shape
     return (
         query.new_empty(batch, n_rows, heads, dim).transpose(1, 2),
@@ -97,23 +101,25 @@ class _SelectedAttention(torch.autograd.Function):
     """Saves query, output, log-sum-exp and *references* to scouted keys and values; nothing of size rows x keys."""
 
     @staticmethod
-    def forward(ctx, query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, sinks, impl):
+    def forward(
+        ctx, query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, first_keys, sinks, impl
+    ):
         overlay_(key, fresh_key, rows, impl)
         overlay_(value, fresh_value, rows, impl)
-        output, lse = _forward_op(query, key, value, rows, segments, scale, softcap, window, sinks, impl)
-        ctx.save_for_backward(query, key, value, output, lse, rows, segments, sinks)
+        output, lse = _forward_op(query, key, value, rows, segments, scale, softcap, window, first_keys, sinks, impl)
+        ctx.save_for_backward(query, key, value, output, lse, rows, segments, first_keys, sinks)
         ctx.plain, ctx.impl = (scale, softcap, window), impl
         return output
 
     @staticmethod
     def backward(ctx, grad):
-        query, key, value, output, lse, rows, segments, sinks = ctx.saved_tensors
+        query, key, value, output, lse, rows, segments, first_keys, sinks = ctx.saved_tensors
         scale, softcap, window = ctx.plain
         d_query, d_key, d_value, d_sinks = _backward_op(
-            grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks, ctx.impl
+            grad, query, key, value, output, lse, rows, segments, scale, softcap, window, first_keys, sinks, ctx.impl
         )
         d_sinks = None if sinks is None else d_sinks.to(sinks.dtype)
-        return d_query, d_key, d_value, None, None, None, None, None, None, None, d_sinks, None
+        return d_query, d_key, d_value, None, None, None, None, None, None, None, None, d_sinks, None
 
 
 def selected_attention(
@@ -128,6 +134,7 @@ def selected_attention(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    first_keys: Tensor | None = None,
     sinks: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -155,6 +162,9 @@ def selected_attention(
             Gemma 2's `softcap * tanh(score / softcap)`.
         window (`int`, *optional*):
             Sliding window in tokens, the query's own included.
+        first_keys (`torch.LongTensor` of shape `(batch, keys)`, *optional*):
+            Index of the first key that the query at each index sees, ascending. For windows over tokens some of which
+            have been left out; `window` still bounds how many keys a query sees.
         sinks (`torch.Tensor` of shape `(heads,)`, *optional*):
             gpt-oss's learned sink logit a head.
         impl (`str`, *optional*, defaults to `"auto"`):
@@ -169,21 +179,21 @@ def selected_attention(
         ValueError: shapes do not fit together, `key` or `value` ask for a gradient, or `impl` is unknown or cannot run
             here.
     """
-    _check(query, fresh_key, fresh_value, key, value, rows, segments, window)
+    _check(query, fresh_key, fresh_value, key, value, rows, segments, window, first_keys)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    arguments = (query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, sinks)
+    arguments = (query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, first_keys, sinks)
     impl = resolve_attention_impl(impl, query, value.shape[-1])
     if impl == "reference":
         return selected_attention_reference(*arguments)
     return _SelectedAttention.apply(*arguments, impl)
 
 
-def _check(query, fresh_key, fresh_value, key, value, rows, segments, window):
+def _check(query, fresh_key, fresh_value, key, value, rows, segments, window, first_keys):
     if key.requires_grad or value.requires_grad:
         raise ValueError(
             "scouted `key` and `value` must not require grad: scout under torch.no_grad() or detach them."
         )
-    check_attention(query, key, rows, segments, window, value)
+    check_attention(query, key, rows, segments, window, value, first_keys)
     for name, fresh, states in (("key", fresh_key, key), ("value", fresh_value, value)):
         if fresh.shape != (*states.shape[:2], rows.shape[1], states.shape[3]):
             raise ValueError(
@@ -201,6 +211,7 @@ def causal_attention(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    first_keys: Tensor | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
     impl: str = "auto",
@@ -217,7 +228,7 @@ def causal_attention(
             Queries of all rows.
         key, value (`torch.Tensor` of shape `(batch, kv_heads, n, dim)`, `(..., value_dim)`):
             Their keys and values.
-        segments, scale, softcap, window, sinks:
+        segments, scale, softcap, window, first_keys, sinks:
             As in [`selected_attention`].
         return_lse (`bool`, *optional*, defaults to `False`):
             Whether to return the log-sum-exp as well, which saves [`attention_mass`] half of its products.
@@ -232,41 +243,46 @@ def causal_attention(
     Raises:
         ValueError: shapes do not fit together, or `impl` is unknown or cannot run here.
     """
-    check_attention(query, key, None, segments, window, value)
+    check_attention(query, key, None, segments, window, value, first_keys)
     batch, heads, n, dim = query.shape
     if key.shape[2] != n:
         raise ValueError(f"`key` {tuple(key.shape)} must have a row for each of the {n} queries.")
     scale = dim**-0.5 if scale is None else scale
     impl = resolve_attention_impl(impl, query, value.shape[-1], ("triton", "torch"))
     lse = None
-    if segments is None and softcap is None and sinks is None and (window is None or window >= n):
+    if (
+        segments is None
+        and softcap is None
+        and sinks is None
+        and (window is None or (window >= n and first_keys is None))
+    ):
         grouped = heads != key.shape[1]
         output = F.scaled_dot_product_attention(query, key, value, is_causal=n > 1, scale=scale, enable_gqa=grouped)
         output = output.transpose(1, 2).contiguous()
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, sinks)):
-        output = _differentiable(query, key, value, segments, scale, softcap, window, sinks, impl)
+        output = _differentiable(query, key, value, segments, scale, softcap, window, first_keys, sinks, impl)
     elif impl == "triton":
         rows = torch.arange(n, device=query.device).expand(batch, n)
-        output, lse = _forward_op(query, key, value, rows, segments, scale, softcap, window, sinks, impl)
+        output, lse = _forward_op(query, key, value, rows, segments, scale, softcap, window, first_keys, sinks, impl)
     else:
-        output = _causal_blocks(query, key, value, segments, scale, softcap, window, sinks)
+        output = _causal_blocks(query, key, value, segments, scale, softcap, window, first_keys, sinks)
     return (output, lse) if return_lse else output
 
 
-def _differentiable(query, key, value, segments, scale, softcap, window, sinks, impl) -> Tensor:
+def _differentiable(query, key, value, segments, scale, softcap, window, first_keys, sinks, impl) -> Tensor:
     rows = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
     copies = key.detach().clone(), value.detach().clone()
-    rule = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
+    rule = {"scale": scale, "softcap": softcap, "window": window, "first_keys": first_keys, "sinks": sinks}
     return selected_attention(query, key, value, *copies, rows, segments, impl=impl, **rule)
 
 
-def _causal_blocks(query, key, value, segments, scale, softcap, window, sinks) -> Tensor:
+def _causal_blocks(query, key, value, segments, scale, softcap, window, first_keys, sinks) -> Tensor:
     batch, heads, n, _ = query.shape
     output = query.new_empty(batch, n, heads, value.shape[-1])
     rows = torch.arange(n, device=query.device).expand(batch, n)
     for block in row_blocks(n, 8 * batch * heads * n):
         keys = slice(0, block.stop)
-        part = None if segments is None else segments[:, keys]
+        part, own_first = (None if given is None else given[:, keys] for given in (segments, first_keys))
         output[:, block] = _forward_op(
             query[:, :, block],
             key[:, :, keys],
@@ -276,6 +292,7 @@ def _causal_blocks(query, key, value, segments, scale, softcap, window, sinks) -
             scale,
             softcap,
             window,
+            own_first,
             sinks,
             "torch",
         )[0]

@@ -15,7 +15,7 @@ def overlay_reference(states: torch.Tensor, fresh: torch.Tensor, rows: torch.Ten
 
 
 def selected_attention_reference(
-    query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, sinks
+    query, fresh_key, fresh_value, key, value, rows, segments, scale, softcap, window, first_keys, sinks
 ):
     """As [`selected_attention`], everything dense and through autograd. Returns `(batch, rows, heads, value_dim)`."""
     group = query.shape[1] // key.shape[1]
@@ -24,7 +24,7 @@ def selected_attention_reference(
     scores = query @ key.transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    seen = visible(rows, segments, key.shape[2], window)[:, None]
+    seen = visible(rows, segments, key.shape[2], window, first_keys)[:, None]
     scores = scores.masked_fill(~seen, float("-inf"))
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)

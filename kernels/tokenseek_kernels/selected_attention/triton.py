@@ -76,6 +76,12 @@ def choose_blocks(table: Table, size: int, dtype: torch.dtype, target: Target) -
     return roomy if target.shared_memory > ROOMY else tight
 
 
+def key_value_blocks(size: int, dtype: torch.dtype, target: Target, first_keys: bool) -> Blocks:
+    """The blocks of the gradients of keys and values; AMD's registers hold no second stage beside first keys."""
+    blocks = choose_blocks(KEY_VALUE_GRADIENT, size, dtype, target)
+    return blocks._replace(stages=1) if first_keys and target.backend == "hip" else blocks
+
+
 def launch_options(blocks: Blocks, dtype: torch.dtype, target: Target) -> dict[str, Any]:
     """Keywords of a launch: the blocks, and three TF32 products for a float32 one where there are TF32 cores."""
     return {
@@ -106,8 +112,16 @@ def aligned(states: Tensor) -> Tensor:
     return copy.copy_(states)
 
 
-def rule(query: Tensor, key: Tensor, scale: float, softcap: float | None, window: int | None) -> dict[str, Any]:
-    """Keywords of a launch: counts, and the plain options; factors on scores in units of log2."""
+def rule(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    first_keys: Tensor | None,
+) -> dict[str, Any]:
+    """Keywords of a launch: counts, options, first keys by slot; factors on scores in units of log2."""
     return {
         "n_rows": query.shape[2],
         "n_keys": key.shape[2],
@@ -115,14 +129,18 @@ def rule(query: Tensor, key: Tensor, scale: float, softcap: float | None, window
         "SCALE": scale * math.log2(math.e),
         "SOFTCAP": None if softcap is None else softcap * math.log2(math.e),
         "window": window,
+        # as narrow as it gets: it lives in registers
+        "first_keys": None if first_keys is None else first_keys.gather(1, rows.clamp(min=0)).int(),
     }
 
 
-def selected_attention_forward(query, key, value, rows, segments, scale, softcap, window, sinks):
+def selected_attention_forward(query, key, value, rows, segments, scale, softcap, window, first_keys, sinks):
     """As the function of this name in `blocked.py`."""
     batch, heads, n_rows, _ = query.shape
     output = query.new_empty(batch, n_rows, heads, value.shape[-1])
-    return output, _launch_forward(query, key, value, rows, segments, scale, softcap, window, sinks, output)
+    return output, _launch_forward(
+        query, key, value, rows, segments, scale, softcap, window, first_keys, sinks, output
+    )
 
 
 def overlay_(states: Tensor, fresh: Tensor, rows: Tensor) -> None:
@@ -144,12 +162,12 @@ def overlay_(states: Tensor, fresh: Tensor, rows: Tensor) -> None:
         )
 
 
-def log_sum_exp(query, key, rows, segments, scale, softcap, window, sinks) -> Tensor:
+def log_sum_exp(query, key, rows, segments, scale, softcap, window, first_keys, sinks) -> Tensor:
     """The log-sum-exp of [`selected_attention_forward`] alone, at half of its products."""
-    return _launch_forward(query, key, None, rows, segments, scale, softcap, window, sinks, None)
+    return _launch_forward(query, key, None, rows, segments, scale, softcap, window, first_keys, sinks, None)
 
 
-def _launch_forward(query, key, value, rows, segments, scale, softcap, window, sinks, output) -> Tensor:
+def _launch_forward(query, key, value, rows, segments, scale, softcap, window, first_keys, sinks, output) -> Tensor:
     batch, heads, n_rows, dim = query.shape
     query, key = aligned(query), aligned(key)
     # without values the kernel leaves out whatever concerns them
@@ -171,7 +189,7 @@ def _launch_forward(query, key, value, rows, segments, scale, softcap, window, s
             **strides("q", query),
             **strides("k", key),
             **strides("v", key if value is None else value),
-            **rule(query, key, scale, softcap, window),
+            **rule(query, key, rows, scale, softcap, window, first_keys),
             DIM=dim,
             VALUE_DIM=value_dim,
             BLOCK_DIM=padded(dim),
@@ -181,7 +199,9 @@ def _launch_forward(query, key, value, rows, segments, scale, softcap, window, s
     return lse
 
 
-def selected_attention_backward(grad, query, key, value, output, lse, rows, segments, scale, softcap, window, sinks):
+def selected_attention_backward(
+    grad, query, key, value, output, lse, rows, segments, scale, softcap, window, first_keys, sinks
+):
     """As the function of this name in `blocked.py`. Two launches, no atomics: the same bits every time."""
     batch, heads, n_rows, dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[-1]
@@ -205,7 +225,7 @@ def selected_attention_backward(grad, query, key, value, output, lse, rows, segm
         **strides("q", query),
         **strides("k", key),
         **strides("v", value),
-        **rule(query, key, scale, softcap, window),
+        **rule(query, key, rows, scale, softcap, window, first_keys),
         "DIM": dim,
         "VALUE_DIM": value_dim,
         "BLOCK_DIM": padded(dim),
@@ -220,7 +240,7 @@ def selected_attention_backward(grad, query, key, value, output, lse, rows, segm
             **strides("o", output.transpose(1, 2)),
             **launch_options(blocks, query.dtype, target),
         )
-        blocks = choose_blocks(KEY_VALUE_GRADIENT, max(dim, value_dim), query.dtype, target)
+        blocks = key_value_blocks(max(dim, value_dim), query.dtype, target, first_keys is not None)
         key_value_gradient_kernel[triton.cdiv(n_rows, blocks.keys), kv_heads, batch](
             **shared, d_key=d_key, d_value=d_value, **launch_options(blocks, query.dtype, target)
         )
@@ -231,16 +251,21 @@ def selected_attention_backward(grad, query, key, value, output, lse, rows, segm
 
 
 # What the gate compiles: every block of the tables, the dtypes, a head size that is no power of two, and one with
-# smaller values (MLA); everything on, and everything off where only causality applies.
+# smaller values (MLA); everything on, the window in tokens or by first keys, and everything off where only causality
+# applies.
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-OPTIONS = ("segments", "sinks", "SOFTCAP", "window")
+ABSENT = {
+    "all options": ("first_keys",),
+    "first keys": (),
+    "plain": ("segments", "sinks", "SOFTCAP", "window", "first_keys"),
+}
 GATED = [
-    *((torch.bfloat16, dim, dim, on) for dim in (64, 128, 256) for on in (True, False)),
-    *((torch.float32, 64, 64, on) for on in (True, False)),
-    (torch.bfloat16, 80, 80, True),
-    (torch.bfloat16, 192, 128, True),
-    (torch.float16, 128, 128, True),
-    (torch.float64, 32, 32, True),
+    *((torch.bfloat16, dim, dim, options) for dim in (64, 128, 256) for options in ABSENT),
+    *((torch.float32, 64, 64, options) for options in ABSENT),
+    (torch.bfloat16, 80, 80, "all options"),
+    (torch.bfloat16, 192, 128, "all options"),
+    (torch.float16, 128, 128, "all options"),
+    (torch.float64, 32, 32, "all options"),
 ]
 
 
@@ -250,21 +275,25 @@ def compilations(target: Target) -> list[Compilation]:
 
 
 def _compilations(target: Target) -> Iterator[Compilation]:
-    kernels = {
-        "forward": (forward_kernel, FORWARD),
-        "query gradient": (query_gradient_kernel, QUERY_GRADIENT),
-        "key value gradient": (key_value_gradient_kernel, KEY_VALUE_GRADIENT),
-    }
     for dtype, dim, value_dim, options in GATED:
-        for name, (kernel, table) in kernels.items():
-            size = f"dim {dim}" if dim == value_dim else f"dim {dim}/{value_dim}"
+        size = f"dim {dim}" if dim == value_dim else f"dim {dim}/{value_dim}"
+        largest = max(dim, value_dim), dtype, target
+        kernels = {
+            "forward": (forward_kernel, choose_blocks(FORWARD, *largest)),
+            "query gradient": (query_gradient_kernel, choose_blocks(QUERY_GRADIENT, *largest)),
+            "key value gradient": (
+                key_value_gradient_kernel,
+                key_value_blocks(*largest, first_keys="first_keys" not in ABSENT[options]),
+            ),
+        }
+        for name, (kernel, blocks) in kernels.items():
             yield compilation(
-                f"selected_attention {name} {DTYPES[dtype]} {size} {'all options' if options else 'plain'}",
+                f"selected_attention {name} {DTYPES[dtype]} {size} {options}",
                 kernel,
-                choose_blocks(table, max(dim, value_dim), dtype, target),
+                blocks,
                 dtype,
                 target,
-                () if options else OPTIONS,
+                ABSENT[options],
                 DIM=dim,
                 VALUE_DIM=value_dim,
                 BLOCK_DIM=padded(dim),
@@ -279,7 +308,7 @@ def _compilations(target: Target) -> Iterator[Compilation]:
             choose_blocks(FORWARD, dim, torch.bfloat16, target),
             torch.bfloat16,
             target,
-            ("value", "output", *OPTIONS),
+            ("value", "output", *ABSENT["plain"]),
             DIM=dim,
             VALUE_DIM=1,
             BLOCK_DIM=padded(dim),
@@ -316,6 +345,8 @@ def compilation(
 
 def _type_of(argument: str, element: str) -> str:
     wide = "fp64" if element == "fp64" else "fp32"
+    if argument == "first_keys":
+        return "*i32"
     if argument in ("rows", "segments"):
         return "*i64"
     if argument in ("lse", "delta", "mass"):

@@ -7,6 +7,7 @@ from ..triton_scores import (
     LOG2E,
     NEVER,
     extent,
+    first_seen,
     in_reach,
     keys_read,
     load_tile,
@@ -17,6 +18,7 @@ from ..triton_scores import (
     softcapped,
     store_tile,
     visible,
+    windows_begin,
 )
 
 
@@ -30,6 +32,7 @@ def query_gradient_kernel(
     lse,
     rows,
     segments,
+    first_keys,
     delta,
     d_query,
     g_batch,
@@ -78,6 +81,8 @@ def query_gradient_kernel(
     position = positions_of(rows + batch * n_rows, slot, n_rows)
     p_segments = None if segments is None else segments + batch * n_keys
     own = segments_of(p_segments, position, position >= 0, -2)
+    p_first = None if first_keys is None else first_keys + batch * n_rows
+    own_first = first_seen(p_first, slot, n_rows)
     q = load_tile(query + batch * q_batch + head * q_head, q_row, far_slot, position >= 0, DIM, BLOCK_DIM)
     g = load_tile(grad + batch * g_batch + head * g_head, g_row, far_slot, position >= 0, VALUE_DIM, BLOCK_VALUE)
     o = load_tile(output + batch * o_batch + head * o_head, o_row, far_slot, position >= 0, VALUE_DIM, BLOCK_VALUE)
@@ -92,7 +97,8 @@ def query_gradient_kernel(
     dq = tl.zeros([BLOCK_ROWS, BLOCK_DIM], WIDE)
     first, last = extent(position)
     lowest, highest = extent(own)
-    begin, whole_begin, whole_end, end = keys_read(first, last, segments, window, BLOCK_KEYS)
+    earliest, latest = windows_begin(own_first, position, first, last, first_keys, window)
+    begin, whole_begin, whole_end, end = keys_read(first, last, earliest, latest, segments, window, BLOCK_KEYS)
     gap = whole_end - whole_begin
     # first the keys that all queries of the block see, then the margins in front of and behind them
     for MARGIN in tl.static_range(2):
@@ -101,8 +107,10 @@ def query_gradient_kernel(
             if MARGIN:
                 start = step + tl.where(step < whole_begin, 0, gap)
                 document = segments_of(p_segments, start + offset, start + offset < n_keys, -1)
-                seen = visible(position, own, start + offset, document, segments, window, KEY_AXIS=1)
-                reached = in_reach(start + offset, document, first, last, lowest, highest, segments, window)
+                seen = visible(
+                    position, own, own_first, start + offset, document, segments, first_keys, window, KEY_AXIS=1
+                )
+                reached = in_reach(start + offset, document, earliest, last, lowest, highest, segments, window)
             far_start = tl.cast(start, tl.int64)
             k = load_tile(p_key + far_start * k_row, k_row, offset, reached, DIM, BLOCK_DIM)
             v = load_tile(p_value + far_start * v_row, v_row, offset, reached, VALUE_DIM, BLOCK_VALUE)
@@ -131,6 +139,7 @@ def key_value_gradient_kernel(
     lse,
     rows,
     segments,
+    first_keys,
     delta,
     d_key,
     d_value,
@@ -175,6 +184,7 @@ def key_value_gradient_kernel(
     own = positions_of(p_rows, column, n_rows)
     p_segments = None if segments is None else segments + batch * n_keys
     own_document = segments_of(p_segments, own, own >= 0, -1)
+    p_first = None if first_keys is None else first_keys + batch * n_rows
     real = own >= 0 if segments is None else own_document >= 0
     k = load_tile(key + batch * k_batch + kv_head * k_head, k_row, own.to(tl.int64), real, DIM, BLOCK_DIM)
     v = load_tile(value + batch * v_batch + kv_head * v_head, v_row, own.to(tl.int64), real, VALUE_DIM, BLOCK_VALUE)
@@ -214,7 +224,10 @@ def key_value_gradient_kernel(
             if MARGIN:
                 position = positions_of(p_rows, slot, n_rows)
                 document = segments_of(p_segments, position, position >= 0, -2)
-                seen = visible(position, document, own, own_document, segments, window, KEY_AXIS=0)
+                row_first = first_seen(p_first, slot, n_rows)
+                seen = visible(
+                    position, document, row_first, own, own_document, segments, first_keys, window, KEY_AXIS=0
+                )
                 p = tl.where(seen, p, 0.0)
             dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION, out_dtype=WIDE)
             if SOFTCAP is not None:

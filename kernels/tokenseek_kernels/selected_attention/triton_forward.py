@@ -6,6 +6,7 @@ import triton.language as tl
 from ..triton_scores import (
     LOG2E,
     extent,
+    first_seen,
     in_reach,
     keys_read,
     load_tile,
@@ -14,6 +15,7 @@ from ..triton_scores import (
     softcapped,
     store_tile,
     visible,
+    windows_begin,
 )
 
 
@@ -24,6 +26,7 @@ def forward_kernel(
     value,
     rows,
     segments,
+    first_keys,
     sinks,
     output,
     lse,
@@ -68,6 +71,8 @@ def forward_kernel(
     position = positions_of(rows + batch * n_rows, slot, n_rows)
     p_segments = None if segments is None else segments + batch * n_keys
     own = segments_of(p_segments, position, position >= 0, -2)
+    p_first = None if first_keys is None else first_keys + batch * n_rows
+    own_first = first_seen(p_first, slot, n_rows)
     p_query = query + batch * q_batch + head.to(tl.int64) * q_head
     q = load_tile(p_query, q_row, slot.to(tl.int64), position >= 0, DIM, BLOCK_DIM)
     p_key = key + batch * k_batch + kv_head * k_head
@@ -79,7 +84,8 @@ def forward_kernel(
     weighted = tl.zeros([BLOCK_ROWS, BLOCK_VALUE], WIDE)
     first, last = extent(position)
     lowest, highest = extent(own)
-    begin, whole_begin, whole_end, end = keys_read(first, last, segments, window, BLOCK_KEYS)
+    earliest, latest = windows_begin(own_first, position, first, last, first_keys, window)
+    begin, whole_begin, whole_end, end = keys_read(first, last, earliest, latest, segments, window, BLOCK_KEYS)
     gap = whole_end - whole_begin
     # first the keys that all queries of the block see, then the margins in front of and behind them
     for MARGIN in tl.static_range(2):
@@ -88,8 +94,10 @@ def forward_kernel(
             if MARGIN:
                 start = step + tl.where(step < whole_begin, 0, gap)
                 document = segments_of(p_segments, start + offset, start + offset < n_keys, -1)
-                seen = visible(position, own, start + offset, document, segments, window, KEY_AXIS=1)
-                reached = in_reach(start + offset, document, first, last, lowest, highest, segments, window)
+                seen = visible(
+                    position, own, own_first, start + offset, document, segments, first_keys, window, KEY_AXIS=1
+                )
+                reached = in_reach(start + offset, document, earliest, last, lowest, highest, segments, window)
             far_start = tl.cast(start, tl.int64)
             k = load_tile(p_key + far_start * k_row, k_row, offset, reached, DIM, BLOCK_DIM)
             products = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=WIDE)
