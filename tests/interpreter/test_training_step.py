@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from triton.runtime.jit import KernelInterface
 
 from hf_tokenseek import SeekConfig, attach
+from tests.lemo.tiny_lemo import lemo
 from tests.seek.tiny_families import tiny_model
 from tokenseek_kernels import dispatch
 
@@ -141,6 +142,20 @@ def test_a_step_with_lean_layers(run_step, device, lean_only):
     seek = None if lean_only else SeekConfig(context=0.3, plain_fallback=False)
     kernels, torchs = (run_step(model, batch, seek, way, lean=True) for way in ("triton", "torch"))
     assert kernels.operations == LEAN_OPERATIONS | (set() if lean_only else SEEK_OPERATIONS)
+    assert torchs.operations == set()
+    assert_same_step(kernels, torchs)
+
+
+@pytest.mark.parametrize("seek", [None, SeekConfig(context=0.3, plain_fallback=False)], ids=["alone", "with seek"])
+@pytest.mark.parametrize("lean", [False, True], ids=["plain layers", "lean"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_oss"])
+def test_a_step_of_layers_that_drop_tokens(run_step, device, family, lean, seek):
+    """Windows that hide kept tokens from each other; with lean layers rows and norms in one."""
+    model, batch = tiny_model(family).to(device), make_batch("right", device)
+    kernels, torchs = (run_step(model, batch, seek, way, lemo=lemo(), lean=lean) for way in ("triton", "torch"))
+    windows = {"selected_attention"} if family != "llama" else set()
+    rows = {"token_rows"} | ({"normed_rows", "lean_norm"} if lean else set())
+    assert rows | windows | (SEEK_OPERATIONS if seek else set()) <= kernels.operations
     assert torchs.operations == set()
     assert_same_step(kernels, torchs)
 
