@@ -14,6 +14,11 @@ def numel_of(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 partitions the parameter: it is whole only in calls of its module, forward and backward."""
+    return hasattr(parameter, "ds_shape")
+
+
 def trained_share(model: nn.Module) -> float:
     """Share of the model's weights that is trained: 1 in full fine-tuning, a few percent with adapters."""
     sizes = [(numel_of(p), p.requires_grad) for p in model.parameters()]

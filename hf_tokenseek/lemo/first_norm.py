@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tokenseek_kernels import split_normed_rows, split_rows
 
 from ..lean.norms import eps_of, rms_rule_of
+from ..parameters import is_partitioned
 from ..patched_forward import replaced_forward
 
 NAME = "input_layernorm"
@@ -24,7 +25,7 @@ def split_for(layer: nn.Module, hidden: Tensor, rows: Tensor) -> Iterator[tuple[
         rows (`torch.LongTensor` of shape `(batch, k)`): the rows it is to be called with.
     """
     norm = getattr(layer, NAME, None)
-    if not _is_known(norm, hidden) or getattr(layer, "gradient_checkpointing", False):
+    if not _is_known(norm) or getattr(layer, "gradient_checkpointing", False):
         yield split_rows(hidden, rows)
         return
     weight = getattr(norm, "weight", None)
@@ -39,11 +40,8 @@ def split_for(layer: nn.Module, hidden: Tensor, rows: Tensor) -> Iterator[tuple[
         yield rest, kept
 
 
-def _is_known(norm: nn.Module | None, hidden: Tensor) -> bool:
+def _is_known(norm: nn.Module | None) -> bool:
     """Whether the norm is a lean one whose weight is here, and which nobody else has an eye on."""
     if norm is None or rms_rule_of(norm) is None or "forward" in vars(norm):
         return False
-    weight = getattr(norm, "weight", None)
-    # ZeRO-3 fetches the weight when the norm is called
-    is_here = weight is None or weight.shape == hidden.shape[-1:]
-    return is_here and getattr(norm, "velora_input", None) is None
+    return getattr(norm, "velora_input", None) is None and not any(map(is_partitioned, norm.parameters()))

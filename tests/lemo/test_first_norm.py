@@ -26,7 +26,7 @@ def fused(monkeypatch):
 
     class Calls(list):
         def stop(self):
-            monkeypatch.setattr(first_norm, "_is_known", lambda norm, hidden: False)
+            monkeypatch.setattr(first_norm, "_is_known", lambda norm: False)
 
     calls, split = Calls(), first_norm.split_normed_rows
     monkeypatch.setattr(
@@ -126,10 +126,11 @@ def test_norms_that_somebody_else_has_an_eye_on(fused, case):
 
 
 def test_a_partitioned_weight_is_left_to_the_norms_own_call(fused):
-    """ZeRO-3 fetches the weight when the module is called, and leaves nothing of it in between."""
+    """ZeRO-3 marks it, fetches it when the module is called, and leaves nothing of it in between."""
 
     def partition(norm):
         whole = norm.weight.data
+        norm.weight.ds_shape = whole.shape
 
         def fetch(*_):
             norm.weight.data = whole
