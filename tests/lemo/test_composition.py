@@ -26,7 +26,7 @@ from tests.lemo.deep_lemo import (
 )
 from tests.lemo.naive import kept_tokens, naive_lemo
 from tests.lemo.test_loss import reference
-from tests.lemo.tiny_lemo import lemo
+from tests.lemo.tiny_lemo import VELORA, lemo
 from tests.peft.test_quantised_base import build, folder  # noqa: F401
 from tests.peft.tiny_peft import LORA_VARIANTS, adapted, lora
 from tests.seek.naive import detached_rows
@@ -34,7 +34,6 @@ from tests.seek.naive import detached_rows
 N, ANSWER = 40, 4
 # the first block and the last ones
 BY_PLACE = {"score": "recency"}
-VELORA = {"groups": 4, "inputs": ["attention", "mlp", "down"], "projector": "random"}
 IST = {"policy": "random"}
 METHODS = {
     "alone": {},

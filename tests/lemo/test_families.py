@@ -6,7 +6,9 @@ import torch
 from hf_tokenseek import attach
 from hf_tokenseek.families import MIXES_PACKED, SUPPORTED
 from hf_tokenseek.lemo.refusals import REFUSED
+from hf_tokenseek.patching import find_layers
 from tests.lemo.naive import naive_lemo
+from tests.lemo.test_first_norm import assert_same_step, fused, lean_step  # noqa: F401
 from tests.lemo.tiny_lemo import lemo, make_inputs
 from tests.seek.tiny_families import tiny_model
 
@@ -45,6 +47,23 @@ def test_equals_masked_layers(family, layout, mode):
     for name, gradient in expected.items():
         scale = max(gradient.abs().max().item(), noise)
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=10 * TOLERANCE * scale, msg=name)
+
+
+# of these lean layers swap nothing; a norm without a weight saves as little in float32 as ours
+NOT_LEAN = ("biogpt", "ctrl", "dbrx", "gpt2", "modernbert-decoder", "opt", "phimoe")
+NOT_SWAPPED = ("nanochat",)
+
+
+@pytest.mark.parametrize("family", [family for family in SUPPORTED if family not in (*REFUSED, *NOT_LEAN)])
+def test_rows_and_first_norms_in_one_kernel(fused, family):  # noqa: F811
+    found = lean_step(model := tiny_model(family, smooth=True), make_inputs("right"))
+    _, layers = find_layers(model)
+    taken, norms = len(fused), {type(getattr(layer, "input_layernorm", None)).__name__ for layer in layers}
+    fused.stop()
+    assert_same_step(found, lean_step(model, make_inputs("right")))
+    # all layers have such a norm in front of attention, or none
+    has = all(name.endswith("RMSNorm") for name in norms) and family not in NOT_SWAPPED
+    assert taken == (len(layers) if has else 0), norms
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -6,6 +6,7 @@ from hf_tokenseek.lemo import LemoConfig
 from tests.seek.tiny_families import VOCABULARY
 
 BLOCK = 4
+VELORA = {"groups": 4, "inputs": ["attention", "mlp", "down"], "projector": "random"}
 # every layer of a model with two of them drops tokens
 EVERYWHERE = {"block": BLOCK, "dense_first": 0, "dense_last": 0}
 
