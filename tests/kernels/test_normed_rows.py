@@ -5,15 +5,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels.lean_checks import CONVENTIONS, assert_as_good_as, cast, saved_bytes
+from tests.kernels.test_token_rows import BATCH, DTYPES, IMPLEMENTATIONS, ROWS, TAKEN, N
 from tokenseek_kernels import join_rows, rms_norm, split_normed_rows, split_rows
 
-BATCH, N, WIDTH, EPS = 4, 9, 6, 1e-5
-# first and last, a gap, one row, none at all
-ROWS = torch.tensor([[0, 1, 4, 8], [2, 3, 7, -1], [5, -1, -1, -1], [-1, -1, -1, -1]])
-TAKEN = torch.zeros(BATCH, N, dtype=torch.bool)
-TAKEN[[0, 0, 0, 0, 1, 1, 1, 2], [0, 1, 4, 8, 2, 3, 7, 5]] = True
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-IMPLEMENTATIONS = ["torch", "reference"]
+WIDTH, EPS = 6, 1e-5
 
 
 def draw(dtype=torch.float64, shape=(BATCH, N, WIDTH), seed=0):
