@@ -103,10 +103,9 @@ def visible(
     return seen
 
 
-def row_blocks(n_rows: int, bytes_per_row: int, most: int | None = None) -> Iterator[slice]:
-    """Slices of `n_rows`, at `most` so many rows, whose temporaries fit into the workspace (at least one row each)."""
+def row_blocks(n_rows: int, bytes_per_row: int) -> Iterator[slice]:
+    """Slices of `n_rows` rows whose temporaries of `bytes_per_row` fit into the workspace (at least one row each)."""
     step = max(1, WORKSPACE_MIB * 2**20 // max(1, bytes_per_row))
-    step = step if most is None else min(step, most)
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
 

@@ -8,7 +8,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import tokenseek_kernels.scores as scores_module
 from tests.kernels.gaps import first_keys_of, positions_with_gaps, with_first_keys
 from tokenseek_kernels import selected_attention
-from tokenseek_kernels.selected_attention.blocked import CPU_ROWS
 from tokenseek_kernels.selected_attention.function import _backward_op, _forward_op, overlay_
 
 HEADS, KEYS = 4, 19
@@ -107,17 +106,6 @@ def test_equals_reference(monkeypatch, shape, rule, layout, dtype, workspace):
 def test_odd_sizes_and_extremes(rows, rule):
     rows = torch.tensor(rows)
     assert_as_good_as_reference(make_inputs("gqa", rule, rows, 63, torch.float32), rows, None)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rule", RULES)
-def test_sequences_that_fill_blocks_of_the_cpu_unevenly(rule, dtype):
-    """One sequence's rows end before the other's second block begins, and lie behind all that this one sees."""
-    keys = 3 * CPU_ROWS
-    rows = torch.full((2, 2 * CPU_ROWS + 5), -1)
-    rows[0] = torch.arange(rows.shape[1])
-    rows[1, :3] = torch.tensor([0, keys - 2, keys - 1])
-    assert_as_good_as_reference(make_inputs("gqa", rule, rows, keys, dtype), rows, None)
 
 
 @pytest.mark.parametrize("shape", ["mha", "gqa"])

@@ -1,14 +1,8 @@
 """Plain torch implementation, blocked over query rows: forward gives output and log-sum-exp, backward recomputes."""
 
-from collections.abc import Iterator
-
 import torch
 
 from ..scores import group_heads, log_sum_exp, masked_scores, row_blocks, visible, wide, wide_dtype
-
-# Rows of a block on the CPU: early ones do not pass over the keys that only later ones see. From 32 rows on torch's
-# fused kernels are about as fast a row.
-CPU_ROWS = 32
 
 
 def selected_attention_forward(query, key, value, rows, segments, scale, softcap, window, first_keys, sinks):
@@ -26,9 +20,9 @@ def selected_attention_forward(query, key, value, rows, segments, scale, softcap
     attend = _flash_block if flash else _dense_block
     # the flash kernel needs one additive mask for all heads, the dense one float32 scores a head
     row_bytes = batch * key.shape[2] * (2 * query.element_size() if flash else 8 * heads)
-    for block, keys in _blocks(rows, key.shape[2], row_bytes):
-        seen = visible(rows[:, block], segments, keys, window, first_keys)
-        out, part = attend(query[:, :, block], key[:, :, :keys], value[:, :, :keys], seen, scale, softcap)
+    for block in row_blocks(n_rows, row_bytes):
+        seen = visible(rows[:, block], segments, key.shape[2], window, first_keys)
+        out, part = attend(query[:, :, block], key, value, seen, scale, softcap)
         if sinks is not None:
             # softmax with a sink is the plain softmax times the share of the mass that is not the sink's
             sink = wide(sinks).view(1, -1, 1)
@@ -37,13 +31,6 @@ def selected_attention_forward(query, key, value, rows, segments, scale, softcap
         output[:, block] = out.transpose(1, 2)
         lse[:, :, block] = part.masked_fill(~seen.any(-1)[:, None], float("inf"))
     return output, lse
-
-
-def _blocks(rows: torch.Tensor, n_keys: int, row_bytes: int) -> Iterator[tuple[slice, int]]:
-    """Blocks of rows, and how many keys they and all before reach; the whole on a GPU, which asking would wait for."""
-    on_cpu = rows.device.type == "cpu"
-    for block in row_blocks(rows.shape[1], row_bytes, CPU_ROWS if on_cpu else None):
-        yield block, max(1, int(rows[:, : block.stop].max()) + 1) if on_cpu else n_keys
 
 
 def overlay_(states: torch.Tensor, fresh: torch.Tensor, rows: torch.Tensor) -> None:
@@ -92,8 +79,8 @@ def selected_attention_backward(
     # the fused backward is the faster one in float32 only
     flash = _has_flash(query, value, softcap) and query.dtype == torch.float32
     differentiate = _flash_backward_block if flash else _dense_backward_block
-    for block, keys in _blocks(rows, n_keys, 16 * batch * heads * n_keys):
-        seen = visible(rows[:, block], segments, keys, window, first_keys)
+    for block in row_blocks(n_rows, 16 * batch * heads * n_keys):
+        seen = visible(rows[:, block], segments, n_keys, window, first_keys)
         part, out = lse[:, :, block], output[:, block].transpose(1, 2)
         # a row that sees nothing has a softmax all the same; without an upstream gradient it does no harm
         d_out = grad[:, block].transpose(1, 2).masked_fill(~seen.any(-1)[:, None, :, None], 0.0)
@@ -101,23 +88,11 @@ def selected_attention_backward(
         if sinks is not None:
             sink_share = (wide(sinks).view(1, -1, 1) - part).exp()
             d_sinks -= (sink_share * (wide(d_out) * wide(out)).sum(-1)).sum((0, 2))
-        # rows ascend: of the selected keys the block sees its own and those before
-        columns = slice(0, block.stop)
         d_query[:, :, block], of_key, of_value = differentiate(
-            d_out,
-            query[:, :, block],
-            key[:, :, :keys],
-            value[:, :, :keys],
-            out,
-            part,
-            seen,
-            rows[:, columns],
-            scale,
-            softcap,
-            sink_share,
+            d_out, query[:, :, block], key, value, out, part, seen, rows, scale, softcap, sink_share
         )
-        d_key[:, :, columns] += of_key
-        d_value[:, :, columns] += of_value
+        d_key += of_key
+        d_value += of_value
     empty = (rows < 0)[:, None, :, None]
     d_key, d_value = d_key.masked_fill_(empty, 0.0), d_value.masked_fill_(empty, 0.0)
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_sinks
