@@ -103,6 +103,12 @@ def visible(
     return seen
 
 
+def sees_itself(rows: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+    """Whether the queries see anything under the rule of [`visible`]: a real token sees itself. `(batch, queries)`."""
+    real = rows >= 0
+    return real if segments is None else real & (segments.gather(1, rows.clamp(min=0)) >= 0)
+
+
 def row_blocks(n_rows: int, bytes_per_row: int) -> Iterator[slice]:
     """Slices of `n_rows` rows whose temporaries of `bytes_per_row` fit into the workspace (at least one row each)."""
     step = max(1, WORKSPACE_MIB * 2**20 // max(1, bytes_per_row))
@@ -127,7 +133,12 @@ def group_heads(states: torch.Tensor, n_kv_heads: int) -> torch.Tensor:
 
 
 def masked_scores(
-    query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scale: float, softcap: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    seen: torch.Tensor,
+    real: torch.Tensor,
+    scale: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     """
     Attention scores of a block of query rows in float32 (or float64), -inf where a query does not see a key. A query
@@ -137,6 +148,7 @@ def masked_scores(
         query (`torch.Tensor` of shape `(batch, heads, rows, dim)`): the block's queries.
         key (`torch.Tensor` of shape `(batch, kv_heads, keys, dim)`): all keys.
         seen (`torch.BoolTensor` of shape `(batch, rows, keys)`): from [`visible`].
+        real (`torch.BoolTensor` of shape `(batch, rows)`): from [`sees_itself`].
         scale (`float`): factor on the scores.
         softcap (`float`, *optional*): `softcap * tanh(score / softcap)` before masking.
 
@@ -149,7 +161,7 @@ def masked_scores(
     scores = (grouped @ wide(key).transpose(-1, -2)).view(batch, heads, rows, key.shape[2])
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
-    hidden = ~seen & seen.any(-1, keepdim=True)
+    hidden = ~seen & real[:, :, None]
     return scores.masked_fill_(hidden[:, None], float("-inf"))
 
 

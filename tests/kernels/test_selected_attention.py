@@ -127,6 +127,16 @@ def test_gradcheck(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whoever_sees_anything_sees_itself(rule, layout):
+    window, first_keys = (make_inputs("gqa", rule)[3].get(name) for name in ("window", "first_keys"))
+    segments = make_segments(layout)
+    rows = torch.cat([torch.arange(KEYS).expand(3, -1), torch.full((3, 2), -1)], 1)
+    seen = scores_module.visible(rows, segments, KEYS, window, first_keys)
+    assert torch.equal(scores_module.sees_itself(rows, segments), seen.any(-1))
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("layout", ["left", "packed"])
 def test_invisible_columns_reach_nothing(rule, layout):
     """Bit for bit, whatever finite thing stands there. (NaN would pass, as it passes torch's own masked attention.)"""

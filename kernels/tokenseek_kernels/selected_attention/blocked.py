@@ -2,7 +2,7 @@
 
 import torch
 
-from ..scores import group_heads, log_sum_exp, masked_scores, row_blocks, visible, wide, wide_dtype
+from ..scores import group_heads, log_sum_exp, masked_scores, row_blocks, sees_itself, visible, wide, wide_dtype
 
 
 def selected_attention_forward(query, key, value, rows, segments, scale, softcap, window, first_keys, sinks):
@@ -22,14 +22,15 @@ def selected_attention_forward(query, key, value, rows, segments, scale, softcap
     row_bytes = batch * key.shape[2] * (2 * query.element_size() if flash else 8 * heads)
     for block in row_blocks(n_rows, row_bytes):
         seen = visible(rows[:, block], segments, key.shape[2], window, first_keys)
-        out, part = attend(query[:, :, block], key, value, seen, scale, softcap)
+        real = sees_itself(rows[:, block], segments)
+        out, part = attend(query[:, :, block], key, value, seen, real, scale, softcap)
         if sinks is not None:
             # softmax with a sink is the plain softmax times the share of the mass that is not the sink's
             sink = wide(sinks).view(1, -1, 1)
             out = out * torch.sigmoid(part - sink).unsqueeze(-1).to(out.dtype)
             part = torch.logaddexp(part, sink)
         output[:, block] = out.transpose(1, 2)
-        lse[:, :, block] = part.masked_fill(~seen.any(-1)[:, None], float("inf"))
+        lse[:, :, block] = part.masked_fill(~real[:, None], float("inf"))
     return output, lse
 
 
@@ -46,20 +47,23 @@ def _has_flash(query: torch.Tensor, value: torch.Tensor, softcap: float | None) 
     return query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]
 
 
-def _flash_block(query, key, value, seen, scale, softcap):
-    bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, float("-inf"))
+def _bias(seen: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """The mask of torch's fused kernels, one for all heads: -inf where a query does not see a key."""
+    return torch.where(seen[:, None], query.new_zeros(()), float("-inf"))
+
+
+def _flash_block(query, key, value, seen, real, scale, softcap):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, False, attn_mask=bias[:, None], scale=scale
+        query, key, value, 0.0, False, attn_mask=_bias(seen, query), scale=scale
     )
 
 
-def _dense_block(query, key, value, seen, scale, softcap):
+def _dense_block(query, key, value, seen, real, scale, softcap):
     batch, heads, n_rows, _ = query.shape
-    scores = masked_scores(query, key, seen, scale, softcap)
+    scores = masked_scores(query, key, seen, real, scale, softcap)
     probabilities = scores.softmax(-1)
     out = (group_heads(probabilities, value.shape[1]) @ wide(value)).view(batch, heads, n_rows, -1)
-    empty = ~seen.any(-1)[:, None, :, None]
-    return out.masked_fill_(empty, 0.0).to(query.dtype), log_sum_exp(scores, probabilities)
+    return out.masked_fill_(~real[:, None, :, None], 0.0).to(query.dtype), log_sum_exp(scores, probabilities)
 
 
 def selected_attention_backward(
@@ -81,15 +85,16 @@ def selected_attention_backward(
     differentiate = _flash_backward_block if flash else _dense_backward_block
     for block in row_blocks(n_rows, 16 * batch * heads * n_keys):
         seen = visible(rows[:, block], segments, n_keys, window, first_keys)
+        real = sees_itself(rows[:, block], segments)
         part, out = lse[:, :, block], output[:, block].transpose(1, 2)
         # a row that sees nothing has a softmax all the same; without an upstream gradient it does no harm
-        d_out = grad[:, block].transpose(1, 2).masked_fill(~seen.any(-1)[:, None, :, None], 0.0)
+        d_out = grad[:, block].transpose(1, 2).masked_fill(~real[:, None, :, None], 0.0)
         sink_share = None
         if sinks is not None:
             sink_share = (wide(sinks).view(1, -1, 1) - part).exp()
             d_sinks -= (sink_share * (wide(d_out) * wide(out)).sum(-1)).sum((0, 2))
         d_query[:, :, block], of_key, of_value = differentiate(
-            d_out, query[:, :, block], key, value, out, part, seen, rows, scale, softcap, sink_share
+            d_out, query[:, :, block], key, value, out, part, seen, real, rows, scale, softcap, sink_share
         )
         d_key += of_key
         d_value += of_value
@@ -98,17 +103,16 @@ def selected_attention_backward(
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_sinks
 
 
-def _flash_backward_block(d_out, query, key, value, out, lse, seen, rows, scale, softcap, sink_share):
+def _flash_backward_block(d_out, query, key, value, out, lse, seen, real, rows, scale, softcap, sink_share):
     """Gradients of one block; the fused kernel gives those of all keys, of which the selected ones are kept."""
-    bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, float("-inf"))
     d_query, d_key, d_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        d_out, query, key, value, out, lse, 0.0, False, attn_mask=bias[:, None], scale=scale
+        d_out, query, key, value, out, lse, 0.0, False, attn_mask=_bias(seen, query), scale=scale
     )
     index = rows.clamp(min=0)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[-1])
     return d_query, d_key.gather(2, index), d_value.gather(2, index)
 
 
-def _dense_backward_block(d_out, query, key, value, out, lse, seen, rows, scale, softcap, sink_share):
+def _dense_backward_block(d_out, query, key, value, out, lse, seen, real, rows, scale, softcap, sink_share):
     """Gradients of one block from float32 scores, computed at the selected keys only."""
     kv_heads = key.shape[1]
     columns = rows.clamp(min=0)[:, None, None, :]
@@ -117,7 +121,7 @@ def _dense_backward_block(d_out, query, key, value, out, lse, seen, rows, scale,
         index = columns.expand(-1, matrix.shape[1], matrix.shape[2], -1)
         return group_heads(matrix.gather(-1, index), kv_heads).transpose(-1, -2)
 
-    scores = masked_scores(query, key, seen, scale, softcap)
+    scores = masked_scores(query, key, seen, real, scale, softcap)
     # the softcap's slope, 1 - tanh^2, from the capped score itself (masked scores have no slope)
     slope = None if softcap is None else 1 - scores.masked_fill(~seen[:, None], 0.0).div_(softcap).square_()
     probabilities = scores.softmax(-1)
